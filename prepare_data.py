@@ -18,6 +18,7 @@ import bisect
 import hashlib
 import heapq
 import json
+import logging
 import os
 import random
 import re
@@ -94,8 +95,9 @@ def read_rows(source):
     """Yield (place, row) of a source: a row is a dict, a text, or the bytes of a line of JSON."""
     for name in source["files"]:
         if "hub" in source or name.endswith(".parquet"):
-            from datasets import load_dataset
+            from datasets import load_dataset  # imported here: it takes a second
 
+            logging.getLogger("huggingface_hub").setLevel("ERROR")  # the last error is enough
             parquet = {"path": "parquet", "data_files": name, "split": "train"}
             rows = load_dataset(**source.get("hub", parquet), streaming=True)
         elif name.endswith(".zst") and "zst" not in fsspec.utils.compressions:
@@ -333,8 +335,7 @@ def prepare_demo(folder, seed=1337):
 
 def prepare(args, command):
     """Make the folder that the flags ask for, unless it is there. Raises InputError."""
-    name, fields = args.recipe or "demo", args.field.split(",")
-    folder = Path(args.out or f"data/{name}")
+    folder, fields = Path(args.out), args.field.split(",")
     paths = {"reference": args.reference, "corpus": args.corpus, "val": args.val}
     sources = [new_source(role, path, fields) for role in paths for path in paths[role]]
     asked = [new_source("questions", path, ["question", "answer"]) for path in args.questions]
@@ -342,10 +343,10 @@ def prepare(args, command):
         source = {"role": role, "name": hub, "fields": fields.split(","), "share": 1, "size": size}
         source |= {"files": [hub], "hub": {"path": hub, "name": config, "split": split}}
         (asked if role == "questions" else sources).append(source)
-    if not sources and not args.out:
+    if not sources:
         return prepare_demo(folder, args.seed)
     if missing := {"reference", "corpus"} - {source["role"] for source in sources}:
-        raise InputError(f"--{missing.pop()} is missing: your own text needs both, and --out")
+        raise InputError(f"--{missing.pop()} is missing: your own text needs both")
     try:
         old = load_meta(folder)
     except InputError:
@@ -374,7 +375,7 @@ def main(argv=None):
     add("--corpus", **paths, help="the noisy text")
     add("--val", **paths, help="held-out target text; otherwise it is split off the reference")
     add("--recipe", choices=RECIPES, help="the paper's sets from the hub instead of PATHs")
-    add("--out", help="folder to write (default: data/RECIPE)")
+    add("--out", help="folder to write (default: data/RECIPE, data/mine or data/demo)")
     add("--field", default="text", help="field of a row with the text, or QUESTION,ANSWER")
     add("--tokenizer", default="gpt2", help="name in tiktoken, or FOLDER/meta.json for the same")
     add("--max_tokens", **count, help="stop the corpus here")
@@ -386,13 +387,15 @@ def main(argv=None):
     add("--force", action="store_true", help="make it again although it is up to date")
     add("--seed", type=int, default=1337, help="of the splits and of PATH:SHARE")
     args = parser.parse_args(argv)
+    args.out = args.out or "data/" + (args.recipe or ("mine" if args.corpus else "demo"))
     argv = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--force"]
     try:
         prepare(args, shlex.join(["python", "prepare_data.py", *argv]))
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):  # a full disk, a missing file, no permission
-            error = f"{error.filename or args.out}: {error.strerror or error}. See --out and PATHs"
+    except InputError as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a file that is not there or may not be read
+        print(f"{error.filename or f'--out {args.out}'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 
