@@ -107,7 +107,9 @@ def read_rows(source):
             if ".txt" in name[-8:]:
                 pieces = iter(partial(file.readlines, 1 << 20), [])
                 rows = (b"".join(lines).decode() for lines in pieces)
-        yield from ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
+        for number, row in enumerate(rows, 1):
+            if row not in (b"\n", b"\r\n"):
+                yield f"{name}:{number}", row
 
 
 def row_texts(row, fields):
@@ -279,7 +281,9 @@ def prepare_text(work, folder, sources, questions, args, meta):
     ):
         tokens, count = write_tokens(work / f"{name}.bin", documents, encoding, dtype, limit)
         if tokens < MIN_TOKENS:
-            raise InputError(f"{flag}: too little text, {name}.bin would hold {tokens} tokens")
+            skipped = sum(source.get("skipped", 0) for source in sources)
+            reason = f"{name}.bin would hold {tokens} tokens, {skipped} rows were skipped"
+            raise InputError(f"{flag}: too little text; {reason}")
         meta["tokens"][name], meta["documents"][name] = tokens, count
     if questions:
         lines = [json.dumps(question) + "\n" for question in questions]
