@@ -23,15 +23,17 @@ Glossary (code = paper)                            Where this differs from the p
 """
 
 import argparse
-import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +43,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval_math import answer_questions, load_questions
 from model import GPT, GPTConfig, load_checkpoint, load_hf, load_model, save_checkpoint
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
+
+STAGES = ("ref", "score", "clm", "slm", "all")
+RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
+PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
 
 @dataclass
@@ -195,15 +202,14 @@ class Windows:
     of B window numbers for inputs and targets, both (B, T) int64.
     """
 
-    def __init__(self, data, meta, split, block_size):
-        self.tokens = np.memmap(Path(data) / f"{split}.bin", dtype=meta["dtype"], mode="r")
-        self.T = block_size
+    def __init__(self, cfg, meta, split):
+        path = Path(cfg.data) / f"{split}.bin"
+        self.tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
+        self.T = cfg.block_size
         self.n = (len(self.tokens) - 1) // self.T
         if self.n < 1:
-            raise InputError(
-                f"{data}/{split}.bin has {len(self.tokens)} tokens, too few for one window of "
-                f"{self.T}: prepare more text, or lower --block_size"
-            )
+            few = f"{path} has {len(self.tokens)} tokens, too few for one window of {self.T}"
+            raise InputError(f"{few}: prepare more text, or lower --block_size")
 
     def __getitem__(self, w):
         at = np.asarray(w)[:, None] * self.T + np.arange(self.T + 1)  # (B, T + 1)
@@ -226,93 +232,20 @@ def steps_of(cfg):
     return max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
 
 
-# ==== scoring =====================================================================================
-
-
-def fingerprint(model, data_sha256, block_size):
-    """Names a score folder by all that the scores depend on, so that none is ever stale."""
-    digest = hashlib.sha256(f"{data_sha256} {block_size} {model.config}".encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def score_batch(model, x, y, entropy=False):
-    """Loss of each target in nats (B, T) and, if asked for, the entropy of its prediction (B, T)."""
-    hidden = model(x).flatten(0, 1)  # (B * T, C)
-    losses, entropies = [], []
-    rows = max(1, 2**23 // model.config.vocab_size)  # keeps the logits in the cache
-    for h, t in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
-        logits = model.head(h).float()  # (rows, V)
-        losses.append(token_loss(logits, t))
-        if entropy:
-            logp = logits.log_softmax(-1)  # (rows, V)
-            entropies.append(-(logp.exp() * logp).sum(-1))
-    shaped = [torch.cat(part).view(y.shape) for part in (losses, entropies) if part]
-    return shaped if entropy else shaped[0]
-
-
-def score_corpus(cfg, run):
-    """Write the reference's loss of every target of train.bin as float16, (windows, T); the folder.
-
-    Only windows that a run of --tokens will visit are scored; NaN marks the others, so a run that
-    was interrupted, or that asks for more, goes on from there. Streams in constant memory. Under
-    torchrun each rank takes every world-th batch; the bytes do not depend on the ranks.
-    """
-    reference, _ = load_reference(cfg, run)
-    windows = Windows(cfg.data, run.meta, "train", cfg.block_size)
-    key = fingerprint(reference, run.meta["files"]["train.bin"], cfg.block_size)
-    folder = Path(cfg.out) / "scores" / key
-    names = ["ref_loss", "ref_entropy"] if cfg.entropy or "entropy" in cfg.select else ["ref_loss"]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name in names:
-        path = folder / f"{name}.f16"
-        if run.rank == 0 and not path.exists():
-            blank = np.full(windows.T, np.nan, np.float16).tobytes()
-            with open(f"{path}.tmp", "wb") as f:
-                for _ in range(windows.n):
-                    f.write(blank)
-            os.replace(f"{path}.tmp", path)
-        run.barrier()
-        files.append(np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T)))
-    visits = min(windows.n, steps_of(cfg) * cfg.batch_size)
-    wanted = np.sort(permutation(windows.n, cfg.seed, 0)[:visits])
-    size = max(1, 8192 // windows.T)
-    parts = [wanted[i : i + size] for i in range(0, visits, size)]
-    parts = [w for w in parts if any(np.isnan(f[w, -1]).any() for f in files)]
-    if parts:
-        bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")
-        for w in parts[run.rank :: run.world]:
-            x, y = (t.to(run.device) for t in windows[w])
-            with run.precision():
-                scored = score_batch(reference, x, y, entropy=len(files) > 1)
-            for f, values in zip(files, scored if len(files) > 1 else [scored], strict=True):
-                f[w] = values.float().cpu().numpy()
-            bar.update(len(w) * windows.T)
-        bar.close()
-        for f in files:
-            f.flush()
-    run.barrier()
-    return folder
-
-
-# ==== training ====================================================================================
+# ==== this process, and the models it opens =======================================================
 
 
 class Run:
-    """Where this process runs: device, precision, its rank among how many, and what data."""
+    """Where this process runs: on what device, in what precision, as which rank of how many."""
 
     def __init__(self, cfg):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        best = "mps" if torch.backends.mps.is_available() else best
-        self.device = torch.device(cfg.device or best)
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else best))
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")  # TF32
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.meta = load_meta(cfg.data)
         if self.world > 1 and not dist.is_initialized():
@@ -320,6 +253,10 @@ class Run:
 
     def precision(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def reduce(self, *tensors):
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
 
     def barrier(self):
         if self.world > 1:
@@ -334,67 +271,125 @@ class Run:
         return tqdm(unit="tok", unit_scale=True, dynamic_ncols=True, disable=hide, **kwargs)
 
 
-def load_reference(cfg, run):
-    """The frozen reference and its checkpoint. InputError if it is missing or of another kind."""
-    path = Path(cfg.out) / "ref.pt"
-    again = f"Run: python rho.py --stage ref{where(cfg)}"
+def open_model(path, cfg, run, mend):
+    """(GPT, checkpoint) of a file or Hugging Face folder that fits the data, or an InputError."""
     if not path.exists():
-        raise InputError(f"{path} not found. {again}")
+        raise InputError(f"{path} not found. {mend}")
     try:
-        reference, checkpoint = load_model(path, run.device)
+        model, checkpoint = (load_hf(path), {}) if path.is_dir() else load_model(path)
     except ValueError as error:
-        raise InputError(f"{error}. {again}") from error
-    if checkpoint["step"] < checkpoint["steps"]:
-        raise InputError(f"{path} is not trained to its end. {again} (it resumes)")
-    if checkpoint["tokenizer"] != run.meta["tokenizer"]:
-        raise InputError(f"{path} and {cfg.data} differ in tokenizer or vocabulary. {again}")
-    if reference.config.block_size < cfg.block_size:
-        raise InputError(f"--block_size {cfg.block_size} is longer than {path} was made for")
-    return reference.eval().requires_grad_(False), checkpoint
-
-
-def where(cfg):
-    """The flags that a command needs to speak of the same data and output."""
-    default = Config()
-    flags = (f" --{name} {getattr(cfg, name)}" for name in ("data", "out"))
-    return "".join(f for f, name in zip(flags, ("data", "out"), strict=True)
-                   if getattr(cfg, name) != getattr(default, name))  # fmt: skip
-
-
-def new_model(cfg, run):
-    torch.manual_seed(cfg.seed)
-    if not cfg.init:
-        shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)
-                 if hasattr(cfg, f.name)}  # fmt: skip
-        return GPT(GPTConfig(vocab_size=run.meta["tokenizer"]["n_vocab"], **shape))
-    try:
-        hf = Path(cfg.init).is_dir()
-        model, checkpoint = (load_hf(cfg.init), None) if hf else load_model(cfg.init)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"--init {cfg.init}: {error}") from error
-    n_vocab = run.meta["tokenizer"]["n_vocab"]
-    other = checkpoint and checkpoint["tokenizer"] != run.meta["tokenizer"]
-    if other or model.config.vocab_size < n_vocab:
-        raise InputError(f"--init {cfg.init} and {cfg.data} differ in tokenizer or vocabulary")
+        raise InputError(f"{error}. {mend}") from error
+    spec = run.meta["tokenizer"]
+    if checkpoint.get("tokenizer", spec) != spec or model.config.vocab_size < spec["n_vocab"]:
+        raise InputError(f"{path} and {cfg.data} differ in tokenizer or vocabulary. {mend}")
     if cfg.block_size > model.config.block_size:
-        raise InputError(
-            f"--block_size {cfg.block_size} is longer than the {model.config.block_size} "
-            f"of --init {cfg.init}"
-        )
-    return model
+        longest = f"the {model.config.block_size} that {path} was made for"
+        raise InputError(f"--block_size {cfg.block_size} is longer than {longest}")
+    return model.to(run.device), checkpoint
+
+
+def open_reference(cfg, run):
+    """The frozen reference. InputError if it is missing, not trained to its end, or does not fit."""
+    others = (f" --{k} {getattr(cfg, k)}" for k in ("data", "out"))
+    changed = (getattr(cfg, k) != getattr(Config, k) for k in ("data", "out"))
+    flags = "".join(flag for flag, c in zip(others, changed, strict=True) if c)
+    mend = f"Run: python rho.py --stage ref{flags}"
+    path = Path(cfg.out) / "ref.pt"
+    reference, checkpoint = open_model(path, cfg, run, mend)
+    if checkpoint["step"] < checkpoint["steps"]:
+        raise InputError(f"{path} is not trained to its end. {mend} (it goes on where it stopped)")
+    return reference.eval().requires_grad_(False)
+
+
+@contextmanager
+def whole_file(path):
+    """Open for writing so that `path` is whole or as it was: a temporary name, then a rename."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ==== scoring =====================================================================================
+
+
+def fingerprint(model, data_sha256, block_size):
+    """Names a score folder by all that the scores depend on, so that none is ever stale."""
+    digest = hashlib.sha256(f"{data_sha256} {block_size} {model.config}".encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def score_batch(model, x, y, entropy=False):
+    """Loss of each target in nats and, if asked for, the entropy of its prediction: [(B, T), ...]"""
+    hidden = model(x).flatten(0, 1)  # (B * T, C)
+    rows = max(1, 2**23 // model.config.vocab_size)  # at a time: keeps the logits in the cache
+    losses, entropies = [], []
+    for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
+        logits = model.head(h).float()  # (rows, V)
+        losses.append(token_loss(logits, targets))
+        if entropy:
+            logp = logits.log_softmax(-1)  # (rows, V)
+            entropies.append(-(logp.exp() * logp).sum(-1))
+    return [torch.cat(part).view(y.shape) for part in (losses, entropies) if part]
+
+
+def score_corpus(cfg, run, windows):
+    """The reference's loss of the corpus' targets: {"ref_loss": float16 (windows, T) on disk, ...}
+
+    Only windows that a run of --tokens will visit are scored; NaN marks the others, so a run that
+    was interrupted, or that asks for more, goes on from there. Streams in constant memory. Under
+    torchrun each rank takes every world-th batch; the bytes do not depend on the ranks.
+    """
+    reference = open_reference(cfg, run)
+    key = fingerprint(reference, run.meta["files"]["train.bin"], cfg.block_size)
+    folder, scores = Path(cfg.out) / "scores" / key, {}
+    entropy = cfg.entropy or cfg.select == "ref_entropy"
+    for name in ("ref_loss", "ref_entropy")[: 1 + entropy]:
+        path = folder / f"{name}.f16"
+        if run.rank == 0 and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as f:
+                for _ in range(windows.n):
+                    f.write(np.full(windows.T, np.nan, np.float16).tobytes())
+        run.barrier()
+        scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
+    visits = min(windows.n, steps_of(cfg) * cfg.batch_size)
+    wanted, size = np.sort(permutation(windows.n, cfg.seed, 0)[:visits]), max(1, 8192 // windows.T)
+    parts = [wanted[i : i + size] for i in range(0, visits, size)]
+    parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
+    bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")
+    for w in parts[run.rank :: run.world]:
+        x, y = (t.to(run.device) for t in windows[w])
+        with run.precision():
+            found = score_batch(reference, x, y, entropy)
+        for stored, values in zip(scores.values(), found, strict=True):
+            stored[w] = values.float().cpu().numpy()
+        bar.update(len(w) * windows.T)
+    bar.close()
+    run.barrier()
+    return scores
+
+
+# ==== training ====================================================================================
 
 
 def make_optimizers(cfg, model):
+    """Muon for the matrices inside the layers and AdamW for the rest, or AdamW for everything."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    inside = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in inside]
     adamw = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if cfg.optimizer == "adamw":
         decayed = {"params": matrices, "weight_decay": cfg.weight_decay}
         return [torch.optim.AdamW([decayed, {"params": rest}], **adamw)]
-    muon = torch.optim.Muon(
-        matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(rest, **adamw)]
+    muon = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(rest, **adamw)]
 
 
 def learning_rate(cfg, step, steps):
@@ -407,212 +402,170 @@ def learning_rate(cfg, step, steps):
 
 
 def train(cfg, run, name, split):
-    """Train one arm to its end, resuming where it stopped; returns the records of its log."""
-    windows = Windows(cfg.data, run.meta, split, cfg.block_size)
-    held_out = Windows(cfg.data, run.meta, "val", cfg.block_size)
-    held_out_corpus = Windows(cfg.data, run.meta, "val_corpus", cfg.block_size)
-    ref_loss = ref_entropy = None
-    scores = "none"
+    """Train one arm to its end, going on where it stopped; returns the records of its log."""
+    windows = Windows(cfg, run.meta, split)
+    held_out = {f"{s}_loss": Windows(cfg, run.meta, s) for s in ("val", "val_corpus")}
+    scores = {}
     if cfg.select in ("excess", "ref_loss", "ref_entropy"):
-        folder = score_corpus(cfg, run)
-        scores, shape = folder.name, (windows.n, windows.T)
-        ref_loss = np.memmap(folder / "ref_loss.f16", np.float16, "r", shape=shape)
-        if cfg.select == "ref_entropy":
-            ref_entropy = np.memmap(folder / "ref_entropy.f16", np.float16, "r", shape=shape)
-    if cfg.select == "oracle":  # the generator's own truth, as if it were a reference
-        path = Path(cfg.data) / f"{split}.kind.bin"
-        if not path.exists():
-            raise InputError(f"{path} not found: --select oracle needs the demo's data")
-        kinds = np.memmap(path, np.uint8, "r")[1 : 1 + windows.n * windows.T]
-        ref_loss = kinds.reshape(windows.n, windows.T)
+        scores = score_corpus(cfg, run, windows)
+    elif cfg.select == "oracle":  # the generator's own truth, taken for a reference's loss
+        kinds = np.fromfile(Path(cfg.data) / f"{split}.kind.bin", np.uint8)[1:]
+        scores = {"ref_loss": kinds[: windows.n * windows.T].reshape(windows.n, windows.T)}
+        cfg = replace(cfg, select="ref_loss", ratio=None, threshold=-0.5)
 
-    model = new_model(cfg, run).to(run.device)
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model, _ = open_model(Path(cfg.init), cfg, run, "--init takes a checkpoint that fits")
+    else:
+        shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+        model = GPT(GPTConfig(vocab_size=run.meta["tokenizer"]["n_vocab"], **shape)).to(run.device)
     optimizers = make_optimizers(cfg, model)
-    steps = steps_of(cfg)
-    recipe = dataclasses.asdict(cfg) | {"files": run.meta["files"], "scores": scores}
-    for key in ("stage", "data", "out", "name", "device", "compile", "entropy"):
-        del recipe[key]
-    checkpoint_path, log_path = (Path(cfg.out) / f"{name}.{end}" for end in ("pt", "jsonl"))
-    step, seconds, trained = 0, 0.0, 0
-    head = {"run": name, "config": dataclasses.asdict(cfg), "steps": steps, **provenance(run)}
-    head["params"] = model.num_params()
-    records = [head]
-    if checkpoint_path.exists() and log_path.exists():
+    steps, step_tokens = steps_of(cfg), cfg.batch_size * cfg.block_size
+    state = {"step": 0, "steps": steps, "seconds": 0.0, "trained": 0, "records": [provenance(run)]}
+    state["records"][0] |= {"run": name, "params": model.num_params(), "config": asdict(cfg)}
+    recipe = {k: v for k, v in asdict(cfg).items() if k not in PLACES} | run.meta["files"]
+    recipe["scores"] = str(getattr(scores.get("ref_loss"), "filename", ""))
+    path = Path(cfg.out) / f"{name}.pt"
+    if path.exists():
         try:
-            saved = load_checkpoint(checkpoint_path, run.device)
+            saved = load_checkpoint(path, run.device)
         except ValueError as error:
             raise InputError(f"{error}: delete it, and the run starts anew") from error
-        if saved.get("recipe") == recipe:
-            step, seconds, trained = saved["step"], saved["seconds"], saved["trained"]
+        if saved["recipe"] == recipe:
+            state |= {key: saved[key] for key in state}
             model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            records = [json.loads(line) for line in log_path.read_text().splitlines()]
-            records = [r for r in records if r.get("step", 0) <= step]
-    if step == steps:
-        run.say(f"{name}: up to date ({checkpoint_path})")
-        return records
+            for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(moments)
+    if state["step"] == steps:
+        run.say(f"{name}: up to date ({path})")
+        return state["records"]
 
     compiled = cfg.compile if cfg.compile is not None else run.device.type == "cuda"
     trunk = torch.compile(model) if compiled else model
     generator = torch.Generator(run.device)
-    evaluate_at = {round(steps * (i + 1) / cfg.evals) for i in range(cfg.evals)} | {steps}
-    sums = torch.zeros(4, device=run.device)  # loss selected, all; tokens selected, all
-    bar = run.bar(total=cfg.tokens, initial=step * cfg.batch_size * cfg.block_size, desc=name)
+    looks = {round(steps * (i + 1) / cfg.evals) for i in range(cfg.evals)} | {steps}
+    sums = torch.zeros(4, device=run.device)  # loss selected, loss of all, tokens selected, all
+    bar = run.bar(total=steps * step_tokens, initial=state["step"] * step_tokens, desc=name)
     started = time.time()
-    while step < steps:
+    for step in range(state["step"], steps):
         lr = learning_rate(cfg, step, steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
         here = batch(windows.n, cfg.batch_size, cfg.seed, step)[run.rank :: run.world]
         n_selected = torch.zeros((), device=run.device)
         for i in range(0, len(here), cfg.micro_batch):
             w = here[i : i + cfg.micro_batch]
             x, y = (t.to(run.device) for t in windows[w])  # (B, T)
-            r, h = (
-                torch.from_numpy(np.asarray(a[w], np.float32)).to(run.device).flatten()
-                if a is not None
-                else None
-                for a in (ref_loss, ref_entropy)
-            )
             generator.manual_seed(hash((cfg.seed, step, i, run.rank)) % 2**62)
+            known = {k: torch.from_numpy(s[w].astype(np.float32)) for k, s in scores.items()}
+            known = {k: s.to(run.device).flatten() for k, s in known.items()}  # (B * T,)
 
-            def choose(student_loss, r=r, h=h):
-                if cfg.select == "oracle":
-                    return r == 0
-                if cfg.ratio == 1 and cfg.threshold is None:
-                    return torch.ones_like(student_loss, dtype=torch.bool)
-                score = score_tokens(cfg.select, student_loss, r, h, generator)
-                ratio = cfg.ratio if cfg.threshold is None else None
-                return select_tokens(score, ratio, cfg.threshold)
+            def choose(student_loss, known=known):
+                score = score_tokens(cfg.select, student_loss, **known, generator=generator)
+                return select_tokens(score, cfg.ratio, cfg.threshold)
 
             with run.precision():
                 hidden = trunk(x).flatten(0, 1)  # (B * T, C)
-                loss, student_loss, mask = HeadLoss.apply(
-                    hidden, model.lm_head.weight, y.flatten(), choose
-                )
-            loss.backward()  # of the sum; what it is a mean over is known when all have been seen
+                weight = model.lm_head.weight  # (V, C)
+                loss, student_loss, mask = HeadLoss.apply(hidden, weight, y.flatten(), choose)
+            loss.backward()  # of the sum: how many it is a mean over is known at the step's end
             n_selected += mask.sum()
-            counts = (loss.detach(), student_loss.sum(), mask.sum(), mask.new_tensor(mask.numel()))
+            counts = (loss.detach(), student_loss.sum(), mask.sum(), mask.new_tensor(len(mask)))
             sums += torch.stack([c.float() for c in counts])
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if run.world > 1:
-            for tensor in (*gradients, n_selected):
-                dist.all_reduce(tensor)
+        run.reduce(*gradients, n_selected)
         torch._foreach_div_(gradients, n_selected.clamp(min=1))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        bar.update(cfg.batch_size * cfg.block_size)
-        if step in evaluate_at:
-            if run.world > 1:
-                dist.all_reduce(sums)
-            selected, everything, k, n = sums.double().tolist()
+        bar.update(step_tokens)
+        if step + 1 in looks:
+            run.reduce(sums)
+            chosen, everything, k, n = sums.tolist()
             sums.zero_()
-            seconds, trained = seconds + time.time() - started, trained + round(k)
-            record = {"step": step, "tokens": step * cfg.batch_size * cfg.block_size}
-            record |= {"trained": trained, "seconds": round(seconds, 2), "lr": lr}
-            record |= {"grad_norm": norm.item(), "selected_loss": selected / max(1, k)}
-            record |= {"unselected_loss": (everything - selected) / (n - k) if n > k else None}
-            record |= {"student_loss": everything / n}
+            state["step"], state["trained"] = step + 1, state["trained"] + round(k)
+            state["seconds"] += time.time() - started
+            record = {"step": step + 1, "tokens": (step + 1) * step_tokens, "lr": lr}
+            record |= {"trained": state["trained"], "seconds": round(state["seconds"], 2)}
+            record |= {"student_loss": everything / n, "selected_loss": chosen / max(1, k)}
+            record |= {"unselected_loss": (everything - chosen) / (n - k) if n > k else None}
+            record |= {"grad_norm": norm.item()}
             if run.rank == 0:
-                record |= evaluate(cfg, run, model, held_out, held_out_corpus)
-                records.append(record)
-                lines = "".join(json.dumps(r) + "\n" for r in records)
-                write_text(log_path, lines)
-                state = {"model_config": dataclasses.asdict(model.config), "recipe": recipe}
-                state |= {"model": model.state_dict(), "tokenizer": run.meta["tokenizer"]}
-                state |= {"optimizers": [o.state_dict() for o in optimizers], "steps": steps}
-                state |= {"step": step, "seconds": seconds, "trained": trained}
-                save_checkpoint(checkpoint_path, state)
-                run.say(describe(name, record))
+                state["records"].append(record | evaluate(cfg, run, model, held_out))
+                config, tokenizer = asdict(model.config), run.meta["tokenizer"]
+                moments = [o.state_dict() for o in optimizers]
+                saved = {"model": model.state_dict(), "model_config": config, "recipe": recipe}
+                save_checkpoint(
+                    path, saved | {"tokenizer": tokenizer, "optimizers": moments} | state
+                )
+                with whole_file(path.with_suffix(".jsonl")) as f:
+                    f.writelines(f"{json.dumps(r)}\n".encode() for r in state["records"])
+                run.say(describe(name, state["records"][-1]))
             run.barrier()
             started = time.time()
     bar.close()
-    return records
-
-
-def write_text(path, text):
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def provenance(run):
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "device": str(run.device),
-        "threads": torch.get_num_threads(),
-        "world": run.world,
-    }
+    return state["records"]
 
 
 # ==== evaluation ==================================================================================
 
 
 @torch.no_grad()
-def held_out_loss(cfg, run, model, windows):
-    """Mean loss in nats over the first eval_windows windows, all tokens counted."""
+def mean_loss(cfg, run, model, windows):
+    """Mean loss in nats over the first eval_windows windows, all their tokens counted."""
     total, n = 0.0, min(cfg.eval_windows, windows.n)
     for lo in range(0, n, cfg.micro_batch):
         x, y = (t.to(run.device) for t in windows[np.arange(lo, min(lo + cfg.micro_batch, n))])
         with run.precision():
-            total += score_batch(model, x, y).double().sum().item()
+            total += score_batch(model, x, y)[0].sum().item()
     return total / (n * windows.T)
 
 
-def evaluate(cfg, run, model, held_out, held_out_corpus):
-    """What arms are compared on: held-out target text, and answers where the data has questions."""
+def evaluate(cfg, run, model, held_out):
+    """What arms are compared on: held-out loss, and answers where the data has questions."""
     started = time.time()
     model.eval()
-    record = {"val_loss": held_out_loss(cfg, run, model, held_out)}
-    record["corpus_loss"] = held_out_loss(cfg, run, model, held_out_corpus)
+    record = {name: mean_loss(cfg, run, model, windows) for name, windows in held_out.items()}
     path = Path(cfg.data) / "questions.jsonl"
     if cfg.questions and path.exists():
-        from eval_math import answer_questions
-
-        questions = [json.loads(line) for line in path.read_text().splitlines()[: cfg.questions]]
-        encoding = get_tokenizer(run.meta["tokenizer"])
-        answers = answer_questions(model, encoding, questions)
+        questions = load_questions(path, cfg.questions)
+        answers = answer_questions(model, get_tokenizer(run.meta["tokenizer"]), questions)
         record |= {"right": sum(a["correct"] for a in answers), "questions": len(answers)}
     model.train()
     return record | {"eval_seconds": round(time.time() - started, 2)}
 
 
+def provenance(run):
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    where = {"device": str(run.device), "threads": torch.get_num_threads(), "world": run.world}
+    return {"commit": commit, "torch": str(torch.__version__), **where}
+
+
 def describe(name, r):
-    parts = [f"{name:>12} {r['tokens']:>12,} tokens", f"held-out loss {r['val_loss']:.3f}"]
-    if "right" in r:
-        parts.append(f"right {r['right']}/{r['questions']}")
-    return "  ".join(parts + [f"{r['tokens'] / max(r['seconds'], 1e-9):,.0f} tok/s"])
+    right = f"  right {r['right']}/{r['questions']}" if "right" in r else ""
+    rate = r["tokens"] / max(r["seconds"], 1e-9)
+    seen = f"{name:>12} {r['tokens']:>12,} tokens seen  held-out loss {r['val_loss']:.3f}"
+    return f"{seen}{right}  {rate:,.0f} tokens/s"
 
 
 def summarise(logs):
-    """The closing table, and how many times fewer tokens slm took to clm's last accuracy."""
-    rows = [("arm", "seen", "trained on", "held-out loss", "right", "seconds")]
+    """The closing table, and how many times fewer tokens slm took to where clm ended."""
+    rows = [("arm", "tokens seen", "trained on", "held-out loss", "right", "seconds")]
     for name, records in logs.items():
-        last = records[-1]
-        right = f"{last['right']}/{last['questions']}" if "right" in last else "-"
-        numbers = f"{last['tokens']:,}", f"{last['trained']:,}", f"{last['val_loss']:.3f}"
-        rows.append((name, *numbers, right, f"{last['seconds']:.0f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
-    clm, slm = logs["clm"][-1], logs["slm"][1:]
-    for better, what in ((lambda r: r.get("right", 0) >= clm.get("right", 1), "accuracy"),
-                         (lambda r: r["val_loss"] <= clm["val_loss"], "held-out loss")):  # fmt: skip
-        passed = [r["tokens"] for r in slm if better(r)]
-        if passed:
-            times = clm["tokens"] / passed[0]
-            lines.append(f"slm passed clm's final {what} after {passed[0]:,} tokens: "
-                         f"{times:.1f} times fewer")  # fmt: skip
-        else:
-            lines.append(f"slm did not reach clm's final {what}")
+        r = records[-1]
+        right = f"{r['right']}/{r['questions']}" if "right" in r else "-"
+        counts = (f"{r['tokens']:,}", f"{r['trained']:,}", f"{r['val_loss']:.3f}", right)
+        rows.append((name, *counts, f"{r['seconds']:.0f}"))
+    lines = ["  ".join(f"{cell:>13}" for cell in row) for row in rows]
+    clm = logs["clm"][-1]
+    for key, name, sign in (("right", "accuracy", 1), ("val_loss", "held-out loss", -1)):
+        if key in clm:
+            passed = [r["tokens"] for r in logs["slm"][1:] if sign * (r[key] - clm[key]) >= 0]
+            after = f"after {passed[0]:,} tokens" if passed else "at no point"
+            times = f": {clm['tokens'] / passed[0]:.1f} times fewer" if passed else ""
+            lines.append(f"slm passed clm's final {name} {after}{times}")
     return "\n".join(lines)
 
 
@@ -620,70 +573,70 @@ def summarise(logs):
 
 
 def arm(cfg, stage):
-    """(config, name, split) of a training stage: what it does not use is set aside."""
-    if stage == "ref":
-        plain = {"tokens": cfg.ref_tokens, "ratio": 1.0, "threshold": None, "select": ""}
-        return dataclasses.replace(cfg, ref_tokens=0, **plain), cfg.name or "ref", "ref"
-    cfg = dataclasses.replace(cfg, ref_tokens=0)
-    if stage == "clm":
-        plain = dataclasses.replace(cfg, ratio=1.0, threshold=None, select="")
-        return plain, cfg.name or "clm", "train"
-    name = "slm" if cfg.select == "excess" else f"slm-{cfg.select}"
-    return cfg, cfg.name or name, "train"
+    """(config, name, split) of a training stage, with what the stage does not use set aside."""
+    if stage in ("ref", "clm"):  # every token: the rule does not matter
+        cfg = replace(cfg, select="loss", ratio=1.0, threshold=None)
+    tokens = cfg.ref_tokens if stage == "ref" else cfg.tokens
+    ratio = cfg.ratio if cfg.threshold is None else None
+    rule = f"-{cfg.select}" if stage == "slm" and cfg.select != "excess" else ""
+    cfg = replace(cfg, stage=stage, tokens=tokens, ref_tokens=0, ratio=ratio)
+    return cfg, cfg.name or f"{stage}{rule}", "ref" if stage == "ref" else "train"
+
+
+def run_stage(cfg):
+    checks = {"stage": STAGES, "select": RULES, "optimizer": ("muon", "adamw")}
+    for flag, choices in checks.items():
+        if getattr(cfg, flag) not in choices:
+            raise InputError(f"--{flag} {getattr(cfg, flag)}: choose {', '.join(choices)}")
+    if not 0 < cfg.ratio <= 1:
+        raise InputError(f"--ratio {cfg.ratio}: a share of the tokens, above 0 and at most 1")
+    if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
+        prepare_demo(cfg.data)
+    run = Run(cfg)
+    if cfg.select == "oracle" and not (Path(cfg.data) / "train.kind.bin").exists():
+        raise InputError(f"--select oracle: {cfg.data} has no train.kind.bin, only the demo has")
+    if cfg.stage == "score":
+        score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
+        run.say(f"scores: {cfg.out}/scores")
+    elif cfg.stage == "all":
+        logs = {}
+        for stage, select in (
+            ("ref", "loss"),
+            ("clm", "loss"),
+            ("slm", "excess"),
+            ("slm", "random"),
+        ):
+            one, name, split = arm(replace(cfg, select=select, name=""), stage)
+            logs[name] = train(one, run, name, split)
+        run.say("\n" + summarise(logs))
+    else:
+        one, name, split = arm(cfg, cfg.stage)
+        train(one, run, name, split)
+
+
+def fail(error):
+    print(f"rho.py: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    comments = {}
-    for line in Path(__file__).read_text().split("class Config:")[1].splitlines():
-        if line.startswith("    ") and ":" in line and "#" in line:
-            comments[line.split(":")[0].strip()] = line.split("#", 1)[1].strip()
-    kinds = {"threshold": float, "compile": bool}
-    for field in dataclasses.fields(Config):
-        kind = kinds.get(field.name, type(field.default))
+    helps = dict(re.findall(r"    (\w+): .* = .*?  # (.*)", inspect.getsource(Config)))
+    for f in fields(Config):
+        kind = {"threshold": float, "compile": bool}.get(f.name, type(f.default))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        text = comments.get(field.name, "") + f" [{field.default}]"
-        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"), **how)
-    cfg = Config(**vars(parser.parse_args(argv)))
+        text = f"{helps.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
     try:
-        run_stage(cfg)
+        run_stage(Config(**vars(parser.parse_args(argv))))
     except InputError as error:
-        sys.exit(fail(error))
-    except OSError as error:
-        sys.exit(fail(f"{error.filename or cfg.out}: {error.strerror}"))
-
-
-def fail(error):
-    print(f"rho.py: {error}", file=sys.stderr)
-    return 2
-
-
-def run_stage(cfg):
-    if cfg.stage not in ("ref", "score", "clm", "slm", "all"):
-        raise InputError(f"--stage {cfg.stage}: choose ref, score, clm, slm or all")
-    rules = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
-    if cfg.select not in rules:
-        raise InputError(f"--select {cfg.select}: choose {', '.join(rules)}")
-    if not 0 < cfg.ratio <= 1:
-        raise InputError(f"--ratio {cfg.ratio}: a share of tokens, above 0 and at most 1")
-    if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
-        prepare_demo(cfg.data)
-    run = Run(cfg)
-    if cfg.stage == "score":
-        run.say(f"scores: {score_corpus(cfg, run)}")
-    elif cfg.stage != "all":
-        one, name, split = arm(cfg, cfg.stage)
-        train(one, run, name, split)
-    else:
-        arms = [("ref", "excess"), ("clm", "excess"), ("slm", "excess"), ("slm", "random")]
-        logs = {}
-        for stage, select in arms:
-            one, name, split = arm(dataclasses.replace(cfg, select=select), stage)
-            logs[name] = train(one, run, name, split)
-        print("\n" + summarise(logs))
-        print(f"picture: python results/figures.py {cfg.out}")
+        fail(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        fail(
+            f"{error.filename or 'writing'}: {error.strerror}. Files are whole or absent: run again"
+        )
 
 
 if __name__ == "__main__":
