@@ -49,6 +49,7 @@ from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
 STAGES = ("ref", "score", "clm", "slm", "all")
 RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
+AT_ONCE = 2**23  # logits worked on at a time: more would leave a processor's cache
 PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
 
@@ -168,7 +169,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, choose):
         N, V = len(hidden), len(weight)
-        part = max(1, 2**23 // V)  # rows at a time, so that what is worked on stays in the cache
+        part = max(1, AT_ONCE // V)  # rows at a time
         logp = torch.empty(N, V, device=hidden.device)  # (N, V)
         for h, out in zip(hidden.split(part), logp.split(part), strict=True):
             torch.log_softmax((h @ weight.T).float(), -1, out=out)
@@ -328,7 +329,7 @@ def fingerprint(model, data_sha256, block_size):
 def score_batch(model, x, y, entropy=False):
     """Loss of each target in nats and, if asked for, the entropy of its prediction: [(B, T), ...]"""
     hidden = model(x).flatten(0, 1)  # (B * T, C)
-    rows = max(1, 2**23 // model.config.vocab_size)  # at a time: keeps the logits in the cache
+    rows = max(1, AT_ONCE // model.config.vocab_size)  # at a time
     losses, entropies = [], []
     for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
         logits = model.head(h).float()  # (rows, V)
