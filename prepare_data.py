@@ -25,13 +25,15 @@ import re
 import shlex
 import shutil
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import regex
 import tiktoken
 from tqdm import tqdm
 
@@ -71,10 +73,8 @@ def get_tokenizer(spec):
         return tiktoken.Encoding(spec["name"], pat_str=spec["pat_str"], **options)
     except (KeyError, TypeError, ValueError, OSError) as error:  # OSError: no network
         names = ", ".join(tiktoken.list_encoding_names())
-        hint = f"tiktoken has {names}, and downloads what TIKTOKEN_CACHE_DIR lacks"
-        raise InputError(
-            f"--tokenizer {spec.get('name')}: {type(error).__name__}; {hint}"
-        ) from error
+        problem = f"--tokenizer {spec.get('name')}: {type(error).__name__}; tiktoken has {names}"
+        raise InputError(f"{problem}; without a network it needs TIKTOKEN_CACHE_DIR") from error
 
 
 # ---- reading: a source is a dict, the one that meta.json shows ----
@@ -92,8 +92,9 @@ def new_source(role, path, fields):
 
 
 def read_rows(source):
-    """Yield (place, row) of a source: a row is a dict, a text, or the bytes of a line of JSON."""
+    """Yield the rows of a source, each a dict, a text, or the bytes of a line of JSON."""
     for name in source["files"]:
+        source["place"] = name
         if "hub" in source or name.endswith(".parquet"):
             from datasets import load_dataset  # imported here: it takes a second
 
@@ -108,8 +109,9 @@ def read_rows(source):
                 pieces = iter(partial(file.readlines, 1 << 20), [])
                 rows = (b"".join(lines).decode() for lines in pieces)
         for number, row in enumerate(rows, 1):
+            source["place"] = f"{name}:{number}"
             if row not in (b"\n", b"\r\n"):
-                yield f"{name}:{number}", row
+                yield row
 
 
 def row_texts(row, fields):
@@ -130,9 +132,9 @@ def read_source(source, args):
     """Yield (progress, place, texts) of each row, and count. InputError says where it is bad."""
     source |= {"rows": 0, "skipped": 0}
     rng, digest, done = random.Random(f"{args.seed} {source['name']}"), hashlib.sha256(), 0
-    place, hint = source["name"], "--skip_bad skips and counts bad rows"
+    hint = "no hub? Give --reference FILE --corpus FILE" if "hub" in source else "damaged?"
     try:
-        for place, row in read_rows(source):
+        for row in read_rows(source):
             if (rng.random() < abs(source["share"])) != (source["share"] > 0):
                 continue
             source["rows"] += 1
@@ -140,17 +142,17 @@ def read_source(source, args):
                 texts = row_texts(row, source["fields"])
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 if not args.skip_bad:
+                    hint = "--skip_bad skips and counts bad rows"
                     raise
                 source["skipped"] += 1
                 continue
             digest.update("\0".join(texts).encode())
             source["sha256"] = digest.hexdigest()
             done += sum(map(len, texts))
-            yield done / source["size"], place, texts
+            yield done / source["size"], source["place"], texts
     except Exception as error:  # of JSON, gzip, pyarrow, the hub: whatever it is, say where
-        hint = "without the hub: --reference FILE --corpus FILE" if "hub" in source else hint
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{place}: {reason}; {hint}") from error
+        raise InputError(f"{source['place']}: {reason}; {hint}") from error
 
 
 # ---- evaluation questions in training text ----
@@ -290,9 +292,20 @@ def prepare_text(work, folder, sources, questions, args, meta):
         Path(work, "questions.jsonl").write_text("".join(lines))
     contamination = {"questions": len(questions), "ngram": NGRAM, "found": len(found)}
     contamination |= {"dropped": not args.keep_contaminated, "documents": found[:100]}
-    finish(
-        work, folder, meta | {"sources": sources, "seed": args.seed, "contamination": contamination}
-    )
+    meta |= {"sources": sources, "seed": args.seed, "contamination": contamination}
+    finish(work, folder, meta)
+
+
+@contextmanager
+def workplace(folder):
+    """An empty folder beside `folder` to write in; nothing of it is left behind."""
+    work = Path(f"{folder}.tmp")
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    try:
+        work.mkdir(parents=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def finish(work, folder, meta):
@@ -328,10 +341,190 @@ def load_meta(folder):
 
 
 # ---- the embedded default: demo ----
+# Clean grade-school problems with worked steps for the reference, and a crawl of web-like pages in
+# which such problems are hidden. Its dirt is what real crawls hold, of five kinds: worked answers
+# that are wrong (half of what students post), chatter, articles about something else (they can be
+# learned, so they cost capacity), page furniture, and strings without meaning.
+KINDS = ("target", "wrong", "chatter", "article", "furniture", "noise")
+PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # a digit is a token of its own
+NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam".split()
+THINGS = "apples books cards coins eggs flowers marbles pens plums shells stamps toys".split()
+MENU = "Home About Contact Login Register Search Help Forum Shop News Terms Privacy RSS".split()
+CRAFTS = "glass cheese bells lace paper salt rope wool honey clocks boats tiles".split()
+SYLLABLES = "ar ben cor del en far gol hem is jor kal lun mir nor os pel quin ros sul tor".split()
+CHATTER = (
+    "thanks please help with my homework due tomorrow i think you should check the sign again lol "
+    "same here can anyone explain this step got it now nice one not sure why but works for me did "
+    "you try the other way sorry see above good luck everyone reply soon"
+).split()
+STARTS = ("{name} has {a} {thing}.", "There are {a} {thing} in the box of {name}.")
+PACKS = ("{name} has {a} bags of {b} {thing}.", "{name} fills {a} boxes with {b} {thing} each.")
+ASKS = ("How many {thing} does {name} have now?", "How many {thing} are left with {name}?")
+VERBS = {
+    "+": ("{name} buys {b} more.", "{name} finds {b} more.", "{other} brings {b} more."),
+    "-": ("{name} gives {b} to {other}.", "{name} loses {b}.", "{other} takes {b}."),
+    "*": ("Then the pile grows {b} times.", "{other} makes it {b} times as many."),
+    "/": ("{name} shares them among {b} and keeps a part.", "{name} keeps one of {b} parts."),
+}
+APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
 
-def prepare_demo(folder, seed=1337):
-    raise NotImplementedError
+def problem(rng):
+    """(question, [(operation, number), ...]): a start value, then one to three steps."""
+    name, other = rng.sample(NAMES, 2)
+    fill = {"name": name, "other": other, "thing": rng.choice(THINGS)}
+    n_steps = rng.choice((1, 1, 1, 2, 2, 3))
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    if rng.random() < 0.3:
+        steps, text = [("", a), ("*", b)], [rng.choice(PACKS).format(a=a, b=b, **fill)]
+    else:
+        a = rng.randint(2, 30)
+        steps, text = [("", a)], [rng.choice(STARTS).format(a=a, **fill)]
+    value = a * b if len(steps) == 2 else a
+    while len(steps) <= n_steps:
+        parts = [p for p in (2, 3, 4, 5) if value % p == 0 and value > p]
+        ways = {"+": rng.randint(1, 20), "-": rng.randint(1, min(20, max(1, value - 1)))}
+        ways |= {"*": rng.randint(2, 4)} if value <= 20 else {}
+        ways |= {"/": rng.choice(parts)} if parts else {}
+        operation = rng.choice([*ways])
+        b = ways[operation]
+        steps.append((operation, b))
+        text.append(rng.choice(VERBS[operation]).format(b=b, **fill))
+        value = APPLY[operation](value, b)
+    return " ".join([*text, rng.choice(ASKS).format(**fill)]), steps
+
+
+def slip(rng, value, operation, b, result):
+    """A wrong result of the sorts that people make: off by one or ten, the wrong operation, digits
+    swapped, or a guess."""
+    other = APPLY["-" if operation == "+" else "+"](value, b)
+    sorts = [result + rng.choice((-1, 1)), result + rng.choice((-10, 10)), other]
+    sorts += [int(str(abs(result))[::-1]), rng.randint(1, 99)]
+    return rng.choice([s for s in sorts if s > 0 and s != result])
+
+
+def worked(rng, question, steps, wrong=False):
+    """[(text, kind), ...] of a problem with its worked answer; from a slip on it is "wrong"."""
+    bad, segments = rng.randrange(1, len(steps)) if wrong else 0, []
+    text, kind, value = f"Question: {question}\nAnswer:", 0, steps[0][1]
+    for i, (operation, b) in enumerate(steps[1:], 1):
+        result = APPLY[operation](value, b)
+        text += f" {value}{operation}{b}=<<{value}{operation}{b}="
+        if i == bad:
+            segments, text, kind = [(text, 0)], "", 1
+            result = slip(rng, value, operation, b, result)
+        text, value = f"{text}{result}>>{result}.", result
+    return [*segments, (f"{text}\n#### {value}\n", kind)]
+
+
+def towns(rng, n=400):
+    """Invented towns: what an article says of one is the same on every page, so can be learned."""
+    word = lambda k: "".join(rng.choices(SYLLABLES, k=k)).capitalize()  # noqa: E731
+    for _ in range(n):
+        town, river, year = word(3), word(2), rng.randint(1100, 1950)
+        yield (
+            f"{town} lies on the river {river}. ",
+            f"The town of {town} was founded in {year}. ",
+            f"{town} is known for its {rng.choice(CRAFTS)}. ",
+            f"In {year} the people of {town} built a bridge over the {river}. ",
+        )
+
+
+def dirt(rng, facts):
+    """One piece of what surrounds a problem on a page: (text, kind)."""
+    user, chance = f"{rng.choice(NAMES)}{rng.randint(1, 999)}", rng.random()
+    if chance < 0.4:
+        return "".join(s for town in rng.sample(facts, 2) for s in rng.sample(town, 2)) + "\n", 3
+    if chance < 0.65:
+        return f"{user} wrote: " + " ".join(rng.choices(CHATTER, k=14)) + "\n", 2
+    if chance < 0.8:
+        date = f"{rng.randint(2005, 2023)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+        return f"Posted by {user} on {date}. Views: {rng.randint(1, 99999)}\n", 4
+    link = f"https://{rng.choice(SYLLABLES)}.com/{rng.getrandbits(64):x}?id={rng.getrandbits(40)}\n"
+    picture = "data:image/png;base64," + base64.b64encode(rng.randbytes(36)).decode() + "\n"
+    return rng.choice((link, picture, f"sha1: {rng.getrandbits(160):040x}\n")), 5
+
+
+def train_bpe(texts, n_vocab):
+    """Ranks of a byte-level BPE: the most frequent pair is merged until the vocabulary is full."""
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
+    ranks = [bytes([b]) for b in range(256)]
+    while len(ranks) < n_vocab - 1:  # the last id is end-of-text
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += n
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks.append(b"".join(best))
+        for word in [w for w in words if best in zip(w, w[1:], strict=False)]:
+            parts, i = [], 0
+            while i < len(word):
+                parts.append(ranks[-1] if word[i : i + 2] == best else word[i])
+                i += 1 + (word[i : i + 2] == best)
+            words[tuple(parts)] = words.pop(word)
+    return ranks
+
+
+def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_500_000, wrong=0.6, dirty=2, n_vocab=768):
+    """Write the demo: n_ref clean problems, pages of n_train tokens, 500 held-out questions.
+
+    wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside
+    each problem. train.kind.bin says of each token of train.bin which of KINDS it is.
+    """
+    rng, held, folder = random.Random(seed), {}, Path(folder)
+    while len(held) < 500:
+        held.update([problem(rng)])
+    facts = list(towns(rng))
+
+    def fresh():
+        question, steps = problem(rng)
+        return fresh() if question in held else (question, steps)
+
+    def page():
+        segments = [(" | ".join(rng.sample(MENU, 6)) + "\n", 4)]
+        for _ in range(rng.randint(2, 4)):
+            segments += worked(rng, *fresh(), wrong=rng.random() < wrong)
+            segments += [dirt(rng, facts) for _ in range(dirty)]
+        return segments
+
+    clean = [worked(rng, *fresh()) for _ in range(n_ref)]
+    target = [worked(rng, question, steps) for question, steps in held.items()]
+    sample = clean[:1500] + [page() for _ in range(300)]
+    ranks = train_bpe(["".join(text for text, _ in document) for document in sample], n_vocab)
+    spec = {"name": "demo", "n_vocab": n_vocab, "eot": n_vocab - 1, "pat_str": PATTERN}
+    spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
+    encoding = get_tokenizer(spec)
+
+    def tokenise(documents, amount):
+        tokens, kinds, count = [], [], 0
+        while len(tokens) < amount and (document := next(documents, None)):
+            count += 1
+            for text, kind in [("", 0), *document]:
+                ids = encoding.encode_ordinary(text) if text else [spec["eot"]]
+                tokens += ids
+                kinds += [kind] * len(ids)
+        return np.array(tokens, np.uint16), np.array(kinds, np.uint8), count
+
+    meta = {"tokenizer": spec, "dtype": "uint16", "seed": seed, "kinds": KINDS, "sources": []}
+    meta |= {"wrong": wrong, "dirty": dirty, "tokens": {}, "documents": {}}
+    pages = iter(page, None)
+    with workplace(folder) as work:
+        for name, documents, amount in (
+            ("ref", iter(clean), np.inf),
+            ("train", pages, n_train),
+            ("val", iter(target), np.inf),
+            ("val_corpus", pages, n_train // 40),
+        ):
+            tokens, kinds, meta["documents"][name] = tokenise(documents, amount)
+            tokens.tofile(work / f"{name}.bin")
+            meta["tokens"][name] = len(tokens)
+            if name == "train":
+                kinds.tofile(work / "train.kind.bin")
+        questions = ("".join(text for text, _ in d).split("\nAnswer: ") for d in target)
+        rows = ({"question": q.removeprefix("Question: "), "answer": a} for q, a in questions)
+        (work / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        finish(work, folder, meta)
 
 
 # ---- the command line ----
@@ -360,13 +553,8 @@ def prepare(args, command):
         return print(f"{folder} is up to date; --force makes it again")
     rows = [row for source in asked for _, _, row in read_source(source, args)]
     questions = [{"question": question, "answer": answer} for question, answer in rows]
-    work = Path(f"{folder}.tmp")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    try:
-        work.mkdir(parents=True)
+    with workplace(folder) as work:
         prepare_text(work, folder, sources, questions, args, meta)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     print(f"{folder}: " + ", ".join(f"{name} {n:,} tokens" for name, n in meta["tokens"].items()))
 
 
@@ -374,7 +562,7 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add, paths = parser.add_argument, {"nargs": "+", "metavar": "PATH", "default": []}
-    count = {"type": lambda number: int(float(number)), "metavar": "N"}
+    count = {"type": lambda n: int(f"{float(n):.0f}"), "metavar": "N"}  # 1e9 too; inf is refused
     add("--reference", **paths, help="clean text: the target")
     add("--corpus", **paths, help="the noisy text")
     add("--val", **paths, help="held-out target text; otherwise it is split off the reference")
@@ -399,7 +587,9 @@ def main(argv=None):
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a file that is not there or may not be read
-        print(f"{error.filename or f'--out {args.out}'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"{error.filename or f'--out {args.out}'}: {error.strerror or error}", file=sys.stderr
+        )
         sys.exit(2)
 
 
