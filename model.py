@@ -11,6 +11,7 @@ G key-value heads, D channels of a head, S positions in the cache.
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -239,13 +240,18 @@ def generate(
 # ---- files: our checkpoints, and Hugging Face's --------------------------------------------------
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict so that `path` is always a whole file: temporary name, fsync, rename."""
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: one line that names the file."""
+
+
+@contextmanager
+def whole_file(path):
+    """Open for writing so that `path` is whole or as it was: temporary name, fsync, rename."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -253,21 +259,26 @@ def save_checkpoint(path, checkpoint):
         temporary.unlink(missing_ok=True)
 
 
+def save_checkpoint(path, checkpoint):
+    with whole_file(path) as f:
+        torch.save(checkpoint, f)
+
+
 def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. ValueError if the file is cut short or something else."""
+    """The dict that save_checkpoint wrote. CheckpointError if it is cut short or something else."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is cut short or not a checkpoint: make it anew") from error
+        raise CheckpointError(f"{path} is cut short or no checkpoint: delete it, run again") from error
 
 
 def load_model(path, device="cpu"):
     """(GPT, checkpoint) from a file of save_checkpoint, with keys `model_config` and `model`."""
     checkpoint = load_checkpoint(path, device)
     if "model_config" not in checkpoint:
-        raise ValueError(f"{path} holds no model_config: it is not a checkpoint of rho.py")
+        raise CheckpointError(f"{path} holds no model_config: it is not a checkpoint of rho.py")
     model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
     model.load_state_dict(checkpoint["model"])
     return model, checkpoint

@@ -32,7 +32,6 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -44,12 +43,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
-from model import GPT, GPTConfig, load_checkpoint, load_hf, load_model, save_checkpoint
+from model import (
+    GPT,
+    CheckpointError,
+    GPTConfig,
+    load_checkpoint,
+    load_hf,
+    load_model,
+    save_checkpoint,
+    whole_file,
+)
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
-STAGES = ("ref", "score", "clm", "slm", "all")
 RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
+CHOICES = {"stage": ("ref", "score", "clm", "slm", "all"), "select": RULES}
+CHOICES["optimizer"] = ("muon", "adamw")
+ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
 AT_ONCE = 2**23  # logits worked on at a time: more would leave a processor's cache
+SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
 PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
 
@@ -94,6 +105,10 @@ class Config:
     questions: int = 500  # demo questions answered in one evaluation
     entropy: bool = False  # score: also write the reference's entropy
 
+    @property
+    def steps(self):
+        return max(1, self.tokens // (self.batch_size * self.block_size))
+
 
 # ==== THE METHOD: the only lines that differ from ordinary pre-training ==========================
 
@@ -132,8 +147,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
 def select_tokens(score, ratio=None, threshold=None, valid=None):
     """Which tokens to train on, bool (B, T): the k highest scores, or all above a threshold.
 
-    k = round(ratio * number of valid tokens), over the whole of `score` (eq. 4). valid (B, T): False
-    where there is nothing to predict; such tokens are neither selected nor counted into k.
+    k = round(ratio * number of valid tokens), over the whole of `score` (eq. 4). valid (B, T) is
+    False where there is nothing to predict: neither selected nor counted into k.
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("select_tokens takes a ratio or a threshold, one of them")
@@ -229,10 +244,6 @@ def batch(n, size, seed, step):
     return np.array([permutation(n, seed, p // n)[p % n] for p in places])
 
 
-def steps_of(cfg):
-    return max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
-
-
 # ==== this process, and the models it opens =======================================================
 
 
@@ -276,10 +287,7 @@ def open_model(path, cfg, run, mend):
     """(GPT, checkpoint) of a file or Hugging Face folder that fits the data, or an InputError."""
     if not path.exists():
         raise InputError(f"{path} not found. {mend}")
-    try:
-        model, checkpoint = (load_hf(path), {}) if path.is_dir() else load_model(path)
-    except ValueError as error:
-        raise InputError(f"{error}. {mend}") from error
+    model, checkpoint = (load_hf(path), {}) if path.is_dir() else load_model(path)
     spec = run.meta["tokenizer"]
     if checkpoint.get("tokenizer", spec) != spec or model.config.vocab_size < spec["n_vocab"]:
         raise InputError(f"{path} and {cfg.data} differ in tokenizer or vocabulary. {mend}")
@@ -290,28 +298,16 @@ def open_model(path, cfg, run, mend):
 
 
 def open_reference(cfg, run):
-    """The frozen reference. InputError if it is missing, not trained to its end, or does not fit."""
-    others = (f" --{k} {getattr(cfg, k)}" for k in ("data", "out"))
-    changed = (getattr(cfg, k) != getattr(Config, k) for k in ("data", "out"))
-    flags = "".join(flag for flag, c in zip(others, changed, strict=True) if c)
-    mend = f"Run: python rho.py --stage ref{flags}"
+    """The frozen reference. InputError if it is missing, unfinished, or does not fit the data."""
+    same = (cfg.data, cfg.out) == (Config.data, Config.out)
+    mend = "Run: python rho.py --stage ref" + (
+        "" if same else f" --data {cfg.data} --out {cfg.out}"
+    )
     path = Path(cfg.out) / "ref.pt"
     reference, checkpoint = open_model(path, cfg, run, mend)
     if checkpoint["step"] < checkpoint["steps"]:
         raise InputError(f"{path} is not trained to its end. {mend} (it goes on where it stopped)")
     return reference.eval().requires_grad_(False)
-
-
-@contextmanager
-def whole_file(path):
-    """Open for writing so that `path` is whole or as it was: a temporary name, then a rename."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ==== scoring =====================================================================================
@@ -327,7 +323,7 @@ def fingerprint(model, data_sha256, block_size):
 
 @torch.no_grad()
 def score_batch(model, x, y, entropy=False):
-    """Loss of each target in nats and, if asked for, the entropy of its prediction: [(B, T), ...]"""
+    """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
     hidden = model(x).flatten(0, 1)  # (B * T, C)
     rows = max(1, AT_ONCE // model.config.vocab_size)  # at a time
     losses, entropies = [], []
@@ -360,7 +356,7 @@ def score_corpus(cfg, run, windows):
                     f.write(np.full(windows.T, np.nan, np.float16).tobytes())
         run.barrier()
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
-    visits = min(windows.n, steps_of(cfg) * cfg.batch_size)
+    visits = min(windows.n, cfg.steps * cfg.batch_size)
     wanted, size = np.sort(permutation(windows.n, cfg.seed, 0)[:visits]), max(1, 8192 // windows.T)
     parts = [wanted[i : i + size] for i in range(0, visits, size)]
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
@@ -421,17 +417,18 @@ def train(cfg, run, name, split):
         shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
         model = GPT(GPTConfig(vocab_size=run.meta["tokenizer"]["n_vocab"], **shape)).to(run.device)
     optimizers = make_optimizers(cfg, model)
-    steps, step_tokens = steps_of(cfg), cfg.batch_size * cfg.block_size
-    state = {"step": 0, "steps": steps, "seconds": 0.0, "trained": 0, "records": [provenance(run)]}
-    state["records"][0] |= {"run": name, "params": model.num_params(), "config": asdict(cfg)}
+    steps, step_tokens = cfg.steps, cfg.batch_size * cfg.block_size
+    state = {"step": 0, "steps": steps, "seconds": 0.0, "trained": 0, "records": []}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    first = {"run": name, "config": asdict(cfg), "params": model.num_params(), "commit": commit}
+    first |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    state["records"].append(first | {"device": str(run.device), "world": run.world})
     recipe = {k: v for k, v in asdict(cfg).items() if k not in PLACES} | run.meta["files"]
-    recipe["scores"] = str(getattr(scores.get("ref_loss"), "filename", ""))
+    recipe["scores"] = Path(getattr(scores.get("ref_loss"), "filename", "")).parent.name
     path = Path(cfg.out) / f"{name}.pt"
     if path.exists():
-        try:
-            saved = load_checkpoint(path, run.device)
-        except ValueError as error:
-            raise InputError(f"{error}: delete it, and the run starts anew") from error
+        saved = load_checkpoint(path, run.device)
         if saved["recipe"] == recipe:
             state |= {key: saved[key] for key in state}
             model.load_state_dict(saved["model"])
@@ -445,7 +442,7 @@ def train(cfg, run, name, split):
     trunk = torch.compile(model) if compiled else model
     generator = torch.Generator(run.device)
     looks = {round(steps * (i + 1) / cfg.evals) for i in range(cfg.evals)} | {steps}
-    sums = torch.zeros(4, device=run.device)  # loss selected, loss of all, tokens selected, all
+    sums = torch.zeros(3, device=run.device)  # loss of selected tokens, of all, number selected
     bar = run.bar(total=steps * step_tokens, initial=state["step"] * step_tokens, desc=name)
     started = time.time()
     for step in range(state["step"], steps):
@@ -469,8 +466,7 @@ def train(cfg, run, name, split):
                 loss, student_loss, mask = HeadLoss.apply(hidden, weight, y.flatten(), choose)
             loss.backward()  # of the sum: how many it is a mean over is known at the step's end
             n_selected += mask.sum()
-            counts = (loss.detach(), student_loss.sum(), mask.sum(), mask.new_tensor(len(mask)))
-            sums += torch.stack([c.float() for c in counts])
+            sums += torch.stack((loss.detach(), student_loss.sum(), mask.sum().float()))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         run.reduce(*gradients, n_selected)
         torch._foreach_div_(gradients, n_selected.clamp(min=1))
@@ -483,7 +479,7 @@ def train(cfg, run, name, split):
         bar.update(step_tokens)
         if step + 1 in looks:
             run.reduce(sums)
-            chosen, everything, k, n = sums.tolist()
+            (chosen, everything, k), n = sums.tolist(), (step + 1 - state["step"]) * step_tokens
             sums.zero_()
             state["step"], state["trained"] = step + 1, state["trained"] + round(k)
             state["seconds"] += time.time() - started
@@ -502,7 +498,9 @@ def train(cfg, run, name, split):
                 )
                 with whole_file(path.with_suffix(".jsonl")) as f:
                     f.writelines(f"{json.dumps(r)}\n".encode() for r in state["records"])
-                run.say(describe(name, state["records"][-1]))
+                run.say(
+                    "  ".join(f"{k} {v:.6g}" for k, v in state["records"][-1].items() if k in SHOWN)
+                )
             run.barrier()
             started = time.time()
     bar.close()
@@ -537,58 +535,22 @@ def evaluate(cfg, run, model, held_out):
     return record | {"eval_seconds": round(time.time() - started, 2)}
 
 
-def provenance(run):
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    where = {"device": str(run.device), "threads": torch.get_num_threads(), "world": run.world}
-    return {"commit": commit, "torch": str(torch.__version__), **where}
-
-
-def describe(name, r):
-    right = f"  right {r['right']}/{r['questions']}" if "right" in r else ""
-    rate = r["tokens"] / max(r["seconds"], 1e-9)
-    seen = f"{name:>12} {r['tokens']:>12,} tokens seen  held-out loss {r['val_loss']:.3f}"
-    return f"{seen}{right}  {rate:,.0f} tokens/s"
-
-
-def summarise(logs):
-    """The closing table, and how many times fewer tokens slm took to where clm ended."""
-    rows = [("arm", "tokens seen", "trained on", "held-out loss", "right", "seconds")]
-    for name, records in logs.items():
-        r = records[-1]
-        right = f"{r['right']}/{r['questions']}" if "right" in r else "-"
-        counts = (f"{r['tokens']:,}", f"{r['trained']:,}", f"{r['val_loss']:.3f}", right)
-        rows.append((name, *counts, f"{r['seconds']:.0f}"))
-    lines = ["  ".join(f"{cell:>13}" for cell in row) for row in rows]
-    clm = logs["clm"][-1]
-    for key, name, sign in (("right", "accuracy", 1), ("val_loss", "held-out loss", -1)):
-        if key in clm:
-            passed = [r["tokens"] for r in logs["slm"][1:] if sign * (r[key] - clm[key]) >= 0]
-            after = f"after {passed[0]:,} tokens" if passed else "at no point"
-            times = f": {clm['tokens'] / passed[0]:.1f} times fewer" if passed else ""
-            lines.append(f"slm passed clm's final {name} {after}{times}")
-    return "\n".join(lines)
-
-
 # ==== stages ======================================================================================
 
 
-def arm(cfg, stage):
-    """(config, name, split) of a training stage, with what the stage does not use set aside."""
+def train_arm(cfg, run, stage):
+    """Train what a stage stands for, with the flags that it does not use set aside."""
     if stage in ("ref", "clm"):  # every token: the rule does not matter
         cfg = replace(cfg, select="loss", ratio=1.0, threshold=None)
     tokens = cfg.ref_tokens if stage == "ref" else cfg.tokens
     ratio = cfg.ratio if cfg.threshold is None else None
     rule = f"-{cfg.select}" if stage == "slm" and cfg.select != "excess" else ""
+    name = cfg.name or f"{stage}{rule}"
     cfg = replace(cfg, stage=stage, tokens=tokens, ref_tokens=0, ratio=ratio)
-    return cfg, cfg.name or f"{stage}{rule}", "ref" if stage == "ref" else "train"
+    return train(cfg, run, name, "ref" if stage == "ref" else "train")
 
 
 def run_stage(cfg):
-    checks = {"stage": STAGES, "select": RULES, "optimizer": ("muon", "adamw")}
-    for flag, choices in checks.items():
-        if getattr(cfg, flag) not in choices:
-            raise InputError(f"--{flag} {getattr(cfg, flag)}: choose {', '.join(choices)}")
     if not 0 < cfg.ratio <= 1:
         raise InputError(f"--ratio {cfg.ratio}: a share of the tokens, above 0 and at most 1")
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
@@ -600,44 +562,32 @@ def run_stage(cfg):
         score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
         run.say(f"scores: {cfg.out}/scores")
     elif cfg.stage == "all":
-        logs = {}
-        for stage, select in (
-            ("ref", "loss"),
-            ("clm", "loss"),
-            ("slm", "excess"),
-            ("slm", "random"),
-        ):
-            one, name, split = arm(replace(cfg, select=select, name=""), stage)
-            logs[name] = train(one, run, name, split)
-        run.say("\n" + summarise(logs))
+        for stage, select in ARMS:
+            train_arm(replace(cfg, select=select, name=""), run, stage)
+        figures = Path(__file__).parent / "results" / "figures.py"
+        if run.rank == 0 and figures.exists():  # the table and the picture of what was logged
+            subprocess.run([sys.executable, str(figures), cfg.out])
     else:
-        one, name, split = arm(cfg, cfg.stage)
-        train(one, run, name, split)
-
-
-def fail(error):
-    print(f"rho.py: {error}", file=sys.stderr)
-    sys.exit(2)
+        train_arm(cfg, run, cfg.stage)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     helps = dict(re.findall(r"    (\w+): .* = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         kind = {"threshold": float, "compile": bool}.get(f.name, type(f.default))
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"type": kind, "choices": CHOICES.get(f.name)}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         text = f"{helps.get(f.name, '')} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
+    parser.error = lambda message: parser.exit(2, f"rho.py: {message}. See python rho.py -h\n")
     try:
         run_stage(Config(**vars(parser.parse_args(argv))))
-    except InputError as error:
-        fail(error)
+    except (InputError, CheckpointError) as error:
+        parser.exit(2, f"rho.py: {error}\n")
     except OSError as error:  # a full disk, a folder that may not be written
-        fail(
-            f"{error.filename or 'writing'}: {error.strerror}. Files are whole or absent: run again"
-        )
+        parser.exit(2, f"rho.py: {error.filename or 'writing'}: {error.strerror}\n")
 
 
 if __name__ == "__main__":

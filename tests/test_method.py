@@ -1,4 +1,4 @@
-"""The four functions that are the paper, against independent oracles, and each known trap by name."""
+"""The four functions that are the paper, against independent oracles; each known trap by name."""
 
 import math
 
@@ -15,7 +15,7 @@ from rho import HeadLoss, score_tokens, select_tokens, selective_loss, token_los
 
 
 def by_hand(student_logits, ref_loss, targets, ratio):
-    """The paper's loss in plain Python: lists, loops, math.log; nothing of torch but the numbers."""
+    """The paper's loss in plain Python: lists, loops, math.log; of torch only the numbers."""
     losses = []
     for row, target in zip(student_logits, targets, strict=True):
         top = max(row)
@@ -101,7 +101,7 @@ def test_threshold_selects_all_above_and_only_those():
             select_tokens(score, **both)
 
 
-# ---- the traps of other people's attempts, each by name -------------------------------------------
+# ---- the traps of other people's attempts, each by name ------------------------------------------
 
 
 def test_trap_labels_shifted_twice_or_not_at_all():
@@ -149,7 +149,7 @@ def test_trap_absolute_value_or_softmax_of_the_excess():
 
 
 def test_trap_raw_logits_for_log_probabilities():
-    """Adding a constant to a row of logits changes no loss; and losses are those of a distribution."""
+    """A constant added to the logits changes no loss; and losses are those of a distribution."""
     torch.manual_seed(0)
     logits = torch.randn(1, 5, 7)
     every = torch.stack([token_loss(logits, torch.full((1, 5), v)) for v in range(7)])
@@ -197,7 +197,7 @@ def test_trap_gradient_through_the_score():
 
 
 def test_trap_mean_of_means_under_accumulation():
-    """The sum of sums over the sum of counts is the mean; the mean of unequal parts' means is not."""
+    """The sum of sums over the sum of counts is the mean; the mean of parts' means is not."""
     loss = torch.tensor([1.0, 2.0, 3.0, 10.0])
     parts = [
         (loss[:3], torch.ones(3, dtype=torch.bool)),

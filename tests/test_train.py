@@ -1,0 +1,336 @@
+"""Training, scoring, resuming: that the loop is the definition, and that nothing is stale."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rho
+from model import GPT, GPTConfig, load_model
+from rho import Config, Run, Windows, batch, learning_rate, score_corpus, train_arm
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_inner": 32, "block_size": 64}
+QUICK = {"batch_size": 4, "micro_batch": 4, "tokens": 2560, "ref_tokens": 2560, "device": "cpu"}
+LOOKS = {"evals": 5, "eval_windows": 4, "questions": 3}
+
+
+@pytest.fixture
+def cfg(tiny_data, tmp_path):
+    return Config(data=str(tiny_data), out=str(tmp_path / "out"), **SMALL, **QUICK, **LOOKS)
+
+
+def go(cfg, stage, **changes):
+    cfg = replace(cfg, **changes)
+    records = train_arm(cfg, Run(cfg), stage)
+    return load_model(Path(cfg.out) / f"{records[0]['run']}.pt")[0], records
+
+
+def same(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(x.equal(y) for x, y in pairs)
+
+
+def apart(a, b, cfg):
+    """How far two trained models are from each other, as a share of how far training moved them.
+
+    Adam and Muon make full steps of tiny gradients, so other rounding moves some weights.
+    """
+    torch.manual_seed(cfg.seed)
+    start = GPT(a.config)
+    flat = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (a, b, start)]
+    return ((flat[0] - flat[1]).norm() / (flat[0] - flat[2]).norm()).item()
+
+
+def without_seconds(records):
+    timed = ("seconds", "eval_seconds", "config", "commit")
+    return [{k: v for k, v in r.items() if k not in timed} for r in records]
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
+    epochs = np.concatenate([batch(10, 4, 7, step) for step in range(5)]).reshape(2, 10)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert list(epochs[0]) != list(epochs[1])
+    assert list(batch(10, 4, 7, 3)) == list(batch(10, 4, 7, 3)) != list(batch(10, 4, 8, 3))
+    assert len(set(batch(3, 8, 7, 0))) == 3  # more rows than windows: several epochs in one batch
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end():
+    cfg = Config(lr=1.0, warmup=0.1, lr_end=0.1)
+    rates = [learning_rate(cfg, s, 100) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates)
+    assert rates[100] == pytest.approx(0.1) and all(np.diff(rates[10:]) < 0)
+
+
+# ---- the loop is the definition ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_equals_the_plain_definition(cfg, optimizer):
+    """Three steps of --stage slm, repeated with token_loss, select_tokens and autograd alone.
+
+    This fails when the mask is dropped, the shift doubled, the scores stale, or the excess zero.
+    """
+    cfg = replace(cfg, optimizer=optimizer, tokens=3 * 256, evals=1)
+    go(cfg, "ref")
+    trained, records = go(cfg, "slm")
+    reference, _ = load_model(Path(cfg.out) / "ref.pt")
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train")
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(vocab_size=300, **SMALL))
+    optimizers = rho.make_optimizers(cfg, model)
+    losses = []
+    for step in range(3):
+        x, y = windows[batch(windows.n, 4, cfg.seed, step)]
+        with torch.no_grad():
+            ref_loss = rho.token_loss(reference.head(reference(x)), y).half().float()
+        student_loss = rho.token_loss(model.head(model(x)), y)
+        mask = rho.select_tokens(rho.score_tokens("excess", student_loss, ref_loss), cfg.ratio)
+        loss = rho.selective_loss(student_loss, mask)
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = learning_rate(cfg, step, 3)
+            o.step()
+            o.zero_grad()
+    assert records[-1]["selected_loss"] == pytest.approx(np.mean(losses), abs=2e-4)
+    assert records[-1]["trained"] == 3 * round(0.6 * 256)
+    assert apart(trained, model, cfg) < 0.02
+    assert apart(trained, go(cfg, "clm")[0], cfg) > 0.2
+    assert apart(trained, go(cfg, "slm", select="loss")[0], cfg) > 0.2
+
+
+def test_ratio_one_is_plain_clm(cfg):
+    go(cfg, "ref")
+    assert same(go(cfg, "clm")[0], go(cfg, "slm", ratio=1.0)[0])
+
+
+def test_accumulation_changes_nothing_for_clm(cfg):
+    whole, parts = (go(cfg, "clm", micro_batch=m, name=f"m{m}")[0] for m in (4, 1))
+    assert apart(whole, parts, cfg) < 0.02
+
+
+def test_threshold_under_accumulation_is_one_mean(cfg):
+    """Micro-batches select unequal numbers here; the step must divide by their sum, once."""
+    cfg = replace(cfg, tokens=256, evals=1, threshold=0.05)
+    go(cfg, "ref")
+    whole, parts = (go(cfg, "slm", micro_batch=m, name=f"m{m}")[0] for m in (4, 1))
+    assert apart(whole, parts, cfg) < 0.02
+
+
+def test_random_control_trains_on_as_many_other_tokens(cfg):
+    go(cfg, "ref")
+    slm, random = go(cfg, "slm"), go(cfg, "slm", select="random")
+    assert slm[1][-1]["trained"] == random[1][-1]["trained"] == round(0.6 * 256) * 10
+    assert apart(slm[0], random[0], cfg) > 0.2
+    assert same(random[0], go(cfg, "slm", select="random", name="again")[0])
+
+
+def test_oracle_trains_on_the_clean_target_tokens(cfg, tiny_data):
+    _, records = go(cfg, "slm", select="oracle")
+    kinds = np.fromfile(tiny_data / "train.kind.bin", np.uint8)[1:]
+    windows = Windows(cfg, Run(cfg).meta, "train")
+    visited = np.concatenate([batch(windows.n, 4, cfg.seed, s) for s in range(10)])
+    clean = sum((kinds[w * 64 : w * 64 + 64] == 0).sum() for w in visited)
+    assert records[-1]["trained"] == clean
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def test_scores_on_disk_equal_an_online_reference(cfg):
+    go(cfg, "ref")
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train")
+    cfg = replace(cfg, tokens=10**6, entropy=True)
+    scores = score_corpus(cfg, run, windows)
+    reference, _ = load_model(Path(cfg.out) / "ref.pt")
+    x, y = windows[np.arange(windows.n)]
+    logp = reference.head(reference(x)).double().log_softmax(-1)
+    loss = -logp.gather(-1, y[..., None])[..., 0].detach()
+    entropy = -(logp.exp() * logp).sum(-1).detach()
+    for name, exact in (("ref_loss", loss), ("ref_entropy", entropy)):
+        stored = torch.from_numpy(np.array(scores[name])).double()
+        assert ((stored - exact).abs() <= 2**-11 * exact + 1e-4).all()
+
+
+def test_only_visited_windows_are_scored_and_more_are_added(cfg):
+    go(cfg, "ref")
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train")
+    some = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    done = ~np.isnan(some).any(1)
+    visited = {int(w) for s in range(10) for w in batch(windows.n, 4, cfg.seed, s)}
+    assert set(done.nonzero()[0]) == visited and not done.all()
+    every = np.array(score_corpus(replace(cfg, tokens=10**6), run, windows)["ref_loss"])
+    assert not np.isnan(every).any() and (every[done] == some[done]).all()
+
+
+def test_interrupted_scoring_goes_on(cfg, monkeypatch):
+    go(cfg, "ref")
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train")
+    cfg = replace(cfg, tokens=10**6)
+    calls, real = [], rho.score_batch
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(rho, "score_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score_corpus(cfg, run, windows)
+    assert np.isnan(np.fromfile(next(Path(cfg.out).rglob("*.f16")), np.float16)).any()
+    scores = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    assert not np.isnan(scores).any()
+    before = len(calls)
+    score_corpus(cfg, run, windows)
+    assert len(calls) == before  # nothing is scored twice
+
+
+def test_a_stale_score_is_never_used(cfg, tiny_data):
+    """The folder's name covers the reference's weights, the corpus and the window's length."""
+    go(cfg, "ref")
+    reference, _ = load_model(Path(cfg.out) / "ref.pt")
+    key = rho.fingerprint(reference, "data", 64)
+    assert key == rho.fingerprint(reference, "data", 64)
+    assert (
+        len({key, rho.fingerprint(reference, "date", 64), rho.fingerprint(reference, "data", 32)})
+        == 3
+    )
+    with torch.no_grad():
+        reference.norm.weight[0] += 1e-6
+    assert rho.fingerprint(reference, "data", 64) != key
+    go(cfg, "slm")
+    folders = set((Path(cfg.out) / "scores").iterdir())
+    go(cfg, "ref", ref_tokens=1280)
+    _, records = go(cfg, "slm")  # a new reference: scored anew and trained anew, under one name
+    assert len(set((Path(cfg.out) / "scores").iterdir()) - folders) == 1
+
+
+def test_the_reference_stays_as_it_was(cfg):
+    go(cfg, "ref")
+    before = (Path(cfg.out) / "ref.pt").read_bytes()
+    reference = rho.open_reference(cfg, Run(cfg))
+    assert not reference.training and not any(p.requires_grad for p in reference.parameters())
+    go(cfg, "slm")
+    assert (Path(cfg.out) / "ref.pt").read_bytes() == before
+
+
+def test_reference_of_another_size_than_the_student(cfg):
+    go(cfg, "ref", n_embd=8, n_inner=16)
+    student, _ = go(cfg, "slm")
+    assert student.config.n_embd == 16
+
+
+# ---- logs and resuming ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["clm", "slm"])
+def test_a_resumed_run_is_bit_identical(cfg, stage, monkeypatch):
+    go(cfg, "ref")
+    whole, records = go(cfg, stage, name="whole")
+    calls, real = [], rho.evaluate
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(rho, "evaluate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            go(cfg, stage, name="cut")
+    resumed, again = go(cfg, stage, name="cut")
+    assert same(whole, resumed)
+    assert without_seconds(records)[1:] == without_seconds(again)[1:]
+    lines = (Path(cfg.out) / "cut.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == again and len(lines) == 6
+
+
+def test_a_finished_run_is_skipped_and_a_changed_one_is_not(cfg, capsys):
+    go(cfg, "clm")
+    _, records = go(cfg, "clm")
+    assert "up to date" in capsys.readouterr().out
+    go(cfg, "clm", lr=1e-3)
+    assert "up to date" not in capsys.readouterr().out
+
+
+def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
+    go(cfg, "ref")
+    _, records = go(cfg, "slm", select="random")
+    first, last = records[0], records[-1]
+    assert first["run"] == "slm-random" and first["config"]["ratio"] == 0.6
+    assert {"commit", "torch", "device", "params", "threads"} <= set(first)
+    assert [r["step"] for r in records[1:]] == [2, 4, 6, 8, 10]
+    mean = 0.6 * last["selected_loss"] + 0.4 * last["unselected_loss"]
+    assert mean == pytest.approx(last["student_loss"], rel=0.02)
+    assert last["questions"] == 3 and 0 <= last["right"] <= 3
+    assert last["val_loss"] > 0 and last["val_corpus_loss"] > 0
+
+
+def test_held_out_loss_is_the_mean_over_tokens(cfg):
+    model, records = go(cfg, "clm", eval_windows=10**6)
+    windows = Windows(cfg, Run(cfg).meta, "val")
+    x, y = windows[np.arange(windows.n)]
+    logp = model.head(model(x)).double().log_softmax(-1)
+    assert records[-1]["val_loss"] == pytest.approx(
+        -logp.gather(-1, y[..., None]).mean().item(), abs=1e-4
+    )
+
+
+def test_training_lowers_the_loss(cfg):
+    _, records = go(cfg, "clm", tokens=25600)
+    assert records[-1]["val_loss"] < records[1]["val_loss"] - 0.3
+
+
+def test_starting_from_a_checkpoint_goes_on_from_its_weights(cfg):
+    first, records = go(cfg, "clm", tokens=10240)
+    init = str(Path(cfg.out) / "clm.pt")
+    _, more = go(cfg, "clm", init=init, name="more", lr=1e-6, tokens=256, evals=1)
+    assert more[-1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=1e-2)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(cfg, tiny_data):
+    """gloo, two ranks, the same global batch: the same losses, and the same bytes of scores."""
+    go(cfg, "ref")
+    one, alone = go(cfg, "clm")
+    score_corpus(cfg, Run(cfg), Windows(cfg, Run(cfg).meta, "train"))
+    scores = next(Path(cfg.out).rglob("*.f16"))
+    expected = scores.read_bytes()
+    scores.unlink()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    flags = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **LOOKS}.items()]
+    flags += [f"--data={cfg.data}", f"--out={cfg.out}"]
+    rho_py = str(Path(rho.__file__))
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for stage in (["--stage=clm", "--name=two"], ["--stage=score"]):
+        command = [sys.executable, rho_py, *stage, *flags]
+        ranks = [subprocess.Popen(command, env=environment | {"RANK": r}) for r in "01"]
+        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    two, _ = load_model(Path(cfg.out) / "two.pt")
+    assert apart(one, two, cfg) < 0.02
+    lines = (Path(cfg.out) / "two.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["student_loss"] for line in lines[1:]]
+    assert losses == pytest.approx([r["student_loss"] for r in alone[1:]], abs=1e-4)
+    assert scores.read_bytes() == expected
