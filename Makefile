@@ -6,7 +6,6 @@ PY := .venv/bin/python
 
 demo: .venv/installed
 	$(PY) rho.py
-	$(PY) results/figures.py out/demo
 
 test: .venv/installed
 	$(PY) -m ruff check .

@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class ModelError(ValueError):
+    """A shape that cannot be, or a file that cannot be read: one line that names it."""
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int = 1024
@@ -38,9 +42,9 @@ class GPTConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+            raise ModelError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+            raise ModelError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
 
 
 class RMSNorm(nn.Module):
@@ -240,10 +244,6 @@ def generate(
 # ---- files: our checkpoints, and Hugging Face's --------------------------------------------------
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: one line that names the file."""
-
-
 @contextmanager
 def whole_file(path):
     """Open for writing so that `path` is whole or as it was: temporary name, fsync, rename."""
@@ -265,20 +265,20 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. CheckpointError if it is cut short or something else."""
+    """The dict that save_checkpoint wrote. ModelError if it is cut short or something else."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} is cut short or no checkpoint: delete it, run again") from error
+        raise ModelError(f"{path} is cut short or no checkpoint: delete it, run again") from error
 
 
 def load_model(path, device="cpu"):
     """(GPT, checkpoint) from a file of save_checkpoint, with keys `model_config` and `model`."""
     checkpoint = load_checkpoint(path, device)
     if "model_config" not in checkpoint:
-        raise CheckpointError(f"{path} holds no model_config: it is not a checkpoint of rho.py")
+        raise ModelError(f"{path} holds no model_config: it is not a checkpoint of rho.py")
     model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
     model.load_state_dict(checkpoint["model"])
     return model, checkpoint
@@ -291,9 +291,9 @@ def load_hf(folder):
     c = json.loads((Path(folder) / "config.json").read_text())
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if c["model_type"] not in ("llama", "mistral", "qwen3") or c.get("attention_bias"):
-        raise ValueError(f"{folder}: model_type {c['model_type']} is not of the shape that GPT has")
+        raise ModelError(f"{folder}: model_type {c['model_type']} is not of the shape that GPT has")
     if rope.get("rope_type", rope.get("type", "default")) != "default" or c.get("sliding_window"):
-        raise ValueError(f"{folder}: scaled rotary positions or a sliding window are not built in")
+        raise ModelError(f"{folder}: scaled rotary positions or a sliding window are not built in")
     config = GPTConfig(
         vocab_size=c["vocab_size"],
         block_size=c["max_position_embeddings"],

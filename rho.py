@@ -45,8 +45,8 @@ from tqdm import tqdm
 from eval_math import answer_questions, load_questions
 from model import (
     GPT,
-    CheckpointError,
     GPTConfig,
+    ModelError,
     load_checkpoint,
     load_hf,
     load_model,
@@ -220,12 +220,12 @@ class Windows:
 
     def __init__(self, cfg, meta, split):
         path = Path(cfg.data) / f"{split}.bin"
-        self.tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        self.T = cfg.block_size
-        self.n = (len(self.tokens) - 1) // self.T
+        self.T, tokens = cfg.block_size, meta["tokens"][split]
+        self.n = (tokens - 1) // self.T
         if self.n < 1:
-            few = f"{path} has {len(self.tokens)} tokens, too few for one window of {self.T}"
+            few = f"{path} has {tokens} tokens, too few for one window of {self.T}"
             raise InputError(f"{few}: prepare more text, or lower --block_size")
+        self.tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
 
     def __getitem__(self, w):
         at = np.asarray(w)[:, None] * self.T + np.arange(self.T + 1)  # (B, T + 1)
@@ -553,6 +553,9 @@ def train_arm(cfg, run, stage):
 def run_stage(cfg):
     if not 0 < cfg.ratio <= 1:
         raise InputError(f"--ratio {cfg.ratio}: a share of the tokens, above 0 and at most 1")
+    for flag, value in asdict(cfg).items():
+        if type(value) is int and value < 1 and flag not in ("seed", "questions"):
+            raise InputError(f"--{flag} {value}: must be at least 1")
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
         prepare_demo(cfg.data)
     run = Run(cfg)
@@ -584,7 +587,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"rho.py: {message}. See python rho.py -h\n")
     try:
         run_stage(Config(**vars(parser.parse_args(argv))))
-    except (InputError, CheckpointError) as error:
+    except (InputError, ModelError) as error:
         parser.exit(2, f"rho.py: {error}\n")
     except OSError as error:  # a full disk, a folder that may not be written
         parser.exit(2, f"rho.py: {error.filename or 'writing'}: {error.strerror}\n")

@@ -1,7 +1,7 @@
 """Draw every picture, and write every table of the README, from logs alone.
 
-    python results/figures.py out/demo    one run: out/demo/demo.png
-    python results/figures.py             the published logs in results/: pictures, README tables
+    python results/figures.py out/demo    one set of runs: its table, and out/demo/demo.png
+    python results/figures.py             the published logs: pictures, summary.json, README tables
 
 rho.py computes, this file draws; no number in the README is typed by hand.
 """
@@ -12,46 +12,91 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLORS = {"clm": "#8a8f98", "slm-random": "#d6a03a", "slm": "#c8372d", "ref": "#2b6cb0"}
-LABELS = {"clm": "CLM (all tokens)", "slm-random": "random tokens", "slm": "SLM (selected tokens)"}
+ARMS = {  # run: (label, color)
+    "ref": ("reference (clean text only)", "#2b6cb0"),
+    "clm": ("CLM: all tokens", "#8a8f98"),
+    "slm-random": ("random tokens", "#d6a03a"),
+    "slm": ("SLM: selected tokens", "#c8372d"),
+}
+TITLES = {
+    "right": "questions answered right, %",
+    "val_loss": "loss on held-out target text, nats",
+    "val_corpus_loss": "loss on held-out corpus text, nats",
+}
 
 
 def read_logs(folder):
-    """{run: records} of the *.jsonl logs of a folder; the first record says what was run."""
+    """{run: records} of a folder, in the order of ARMS; the first record says what was run."""
     logs = {}
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        if records and "run" in records[0] and len(records) > 1:
-            logs[path.stem] = records
+    for run in ARMS:
+        path = Path(folder) / f"{run}.jsonl"
+        if path.exists():
+            logs[run] = [json.loads(line) for line in path.read_text().splitlines()]
+    if "clm" not in logs:
+        print(f"{folder}/clm.jsonl not found. Run: python rho.py", file=sys.stderr)
+        sys.exit(2)
     return logs
 
 
+def points(records, key):
+    """[(million tokens seen, value)]; `right` in percent."""
+    rows = [r for r in records[1:] if key in r]
+    return [(r["tokens"] / 1e6, 100 * r[key] / r["questions"] if key == "right" else r[key])
+            for r in rows]  # fmt: skip
+
+
+def passed(logs, key):
+    """(tokens that slm had seen when it first was where clm ended, how many times fewer)."""
+    end, sign = logs["clm"][-1], -1 if key == "right" else 1
+    there = [r["tokens"] for r in logs["slm"][1:] if sign * r[key] <= sign * end[key]]
+    return (there[0], end["tokens"] / there[0]) if there else (None, None)
+
+
+def rows(logs):
+    """The table of a set of runs, its head first; every cell a text."""
+    asked = "right" in logs["clm"][-1]
+    yield ["arm", "tokens seen", "trained on", "target loss", "corpus loss"] + [
+        *(["answers right"] if asked else []),
+        "seconds",
+    ]
+    for run, records in logs.items():
+        r = records[-1]
+        cells = [ARMS[run][0], f"{r['tokens']:,}", f"{r['trained']:,}"]
+        cells += [f"{r['val_loss']:.3f}", f"{r['val_corpus_loss']:.3f}"]
+        cells += [f"{r['right']} of {r['questions']}"] if asked else []
+        yield [*cells, f"{r['seconds']:.0f}"]
+
+
+def sentences(logs):
+    """What the reader came for, in words."""
+    named = {"right": "final accuracy", "val_loss": "final held-out loss"}
+    for key in named if "slm" in logs else ():
+        if key in logs["clm"][-1]:
+            tokens, times = passed(logs, key)
+            end = f"after {tokens:,} tokens: {times:.1f} times fewer" if tokens else "at no point"
+            yield f"slm passed clm's {named[key]} {end}"
+
+
 def curves(logs, path):
-    """Accuracy, where questions were asked, and held-out loss against tokens seen, for each arm."""
+    """Accuracy, where questions were asked, and held-out losses against tokens seen, by arm."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    asked = "right" in logs["clm"][-1]
-    panels = ["right", "val_loss"] if asked else ["val_loss", "val_corpus_loss"]
-    titles = {
-        "right": "questions answered right, %",
-        "val_loss": "loss on held-out target text, nats",
-        "val_corpus_loss": "loss on held-out corpus text, nats",
-    }
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for ax, key in zip(axes, panels, strict=True):
-        for arm, label in LABELS.items():
-            if arm in logs:
-                x, y = zip(*points(logs[arm], key), strict=True)
-                ax.plot(x, y, "o-", ms=3, color=COLORS[arm], label=label)
-        if "ref" in logs:
-            y = points(logs["ref"], key)[-1][1]
-            ax.axhline(y, ls=":", color=COLORS["ref"], label="the reference itself")
-        y = points(logs["clm"], key)[-1][1]
-        ax.axhline(y, ls="--", lw=0.8, color=COLORS["clm"])
-        ax.set_title(titles[key], fontsize=10)
+    keys = [key for key in TITLES if key in logs["clm"][-1]][:2]
+    fig, axes = plt.subplots(1, len(keys), figsize=(10, 3.8), constrained_layout=True)
+    for ax, key in zip(axes, keys, strict=True):
+        for run, records in logs.items():
+            label, color = ARMS[run]
+            x, y = zip(*points(records, key), strict=True)
+            if run == "ref":  # it sees other text: only where it ends can be compared
+                ax.axhline(y[-1], ls=":", color=color, label=label)
+            else:
+                ax.plot(x, y, "o-", ms=3, color=color, label=label)
+            if run == "clm":
+                ax.axhline(y[-1], ls="--", lw=0.8, color=color)
+        ax.set_title(TITLES[key], fontsize=10)
         ax.set_xlabel("tokens seen, millions")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9)
@@ -59,32 +104,10 @@ def curves(logs, path):
     plt.close(fig)
 
 
-def points(records, key):
-    """[(million tokens seen, value)]; `right` in percent."""
-    rows = [r for r in records[1:] if key in r]
-    scale = {"right": lambda r: 100 * r["right"] / r["questions"]}.get(key, lambda r: r[key])
-    return [(r["tokens"] / 1e6, scale(r)) for r in rows]
-
-
-def table(logs):
-    """The closing table of a set of runs, in Markdown."""
-    asked = "right" in next(iter(logs.values()))[-1]
-    answers = " answers right |" if asked else ""
-    lines = [
-        f"| arm | tokens seen | tokens trained on | held-out target loss | corpus loss |{answers} "
-        "seconds |",
-        "|---|---|---|---|---|---|" + ("---|" if asked else ""),
-    ]
-    names = {"ref": "reference (clean text only)"} | LABELS
-    for run in names:
-        if run in logs:
-            r = logs[run][-1]
-            right = f" {r['right']} of {r['questions']} |" if asked else ""
-            lines.append(
-                f"| {names[run]} | {r['tokens']:,} | {r['trained']:,} | {r['val_loss']:.3f} | "
-                f"{r['val_corpus_loss']:.3f} |{right} {r['seconds']:.0f} |"
-            )
-    return "\n".join(lines)
+def markdown(table):
+    head, *body = table
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def fill(text, marker, content):
@@ -92,20 +115,91 @@ def fill(text, marker, content):
     found = f"<!-- {marker} -->\n.*?<!-- /{marker} -->"
     if not re.search(found, text, re.S):
         raise SystemExit(f"README.md has no marker {marker}")
-    return re.sub(
-        found, lambda _: f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->", text, flags=re.S
-    )
+    new = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
+    return re.sub(found, lambda _: new, text, flags=re.S)
+
+
+def machine(logs):
+    """Where and with what a set of runs was made, in one line."""
+    first, cfg = logs["clm"][0], logs["clm"][0]["config"]
+    shape = f"{first['params'] / 1e6:.1f} M parameters, windows of {cfg['block_size']}"
+    where = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
+    return f"{shape}; {where}; seed {cfg['seed']}, one run per arm; commit {first['commit']}."
+
+
+def bench_table():
+    path = HERE / "bench.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    yield ["ratio", "median", "lowest", "highest"]
+    for r in records:
+        yield [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f}", f"{r['high']:.2f}"]
+
+
+def readme(text):
+    """The README with all its tables made anew from the logs in results/."""
+    for name in ("demo", "real"):
+        logs = read_logs(HERE / name)
+        told = "\n\n".join([markdown(rows(logs)), ". ".join(sentences(logs)) + ".", machine(logs)])
+        text = fill(text, name, told)
+    return fill(text, "bench", markdown(bench_table()))
+
+
+def summary():
+    """results/summary.json: the headline figures of one seed; spreads come with more seeds."""
+    demo, real = (read_logs(HERE / name) for name in ("demo", "real"))
+    share = {run: 100 * r[-1]["right"] / r[-1]["questions"] for run, r in demo.items()}
+    seconds = sum(r[-1]["seconds"] + sum(e["eval_seconds"] for e in r[1:]) for r in demo.values())
+    figures = {
+        "demo": {
+            "seeds": 1,
+            "gain_points": round(share["slm"] - share["clm"], 1),
+            "tokens_ratio_mean": round(passed(demo, "right")[1], 2),
+            "student_minus_reference_points": round(share["slm"] - share["ref"], 1),
+            "seconds_total": round(seconds),
+            "cores": demo["clm"][0]["threads"],
+        },
+        "real": {
+            "tokens": real["clm"][-1]["tokens"],
+            "seeds": 1,
+            "heldout_loss": {
+                name: round(real[run][-1]["val_loss"], 4)
+                for name, run in (
+                    ("clm", "clm"),
+                    ("random", "slm-random"),
+                    ("slm", "slm"),
+                    ("reference_only", "ref"),
+                )
+            },  # fmt: skip
+        },
+        "bench": {},
+    }
+    for line in (HERE / "bench.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        figures["bench"][r["name"].replace(" 6x384", "")] = r["ratio"]
+    return json.dumps(figures, indent=1) + "\n"
 
 
 def main(argv):
     if argv:
-        folder = Path(argv[0])
-        logs = read_logs(folder)
-        if "clm" not in logs:
-            print(f"{folder} holds no clm.jsonl. Run: python rho.py", file=sys.stderr)
-            sys.exit(2)
-        curves(logs, folder / "demo.png")
-        print(f"picture: {folder / 'demo.png'}")
+        logs = read_logs(argv[0])
+        table = list(rows(logs))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print()
+        for cells in table:
+            print("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
+        print("\n" + "\n".join(sentences(logs)))
+        picture = Path(argv[0]) / "demo.png"
+        try:
+            curves(logs, picture)
+            print(f"picture: {picture}")
+        except ImportError:
+            print("no picture: it needs matplotlib (pip install matplotlib)")
+        return
+    for name in ("demo", "real"):
+        curves(read_logs(HERE / name), HERE / f"{name}.png")
+    (HERE / "summary.json").write_text(summary())
+    path = HERE.parent / "README.md"
+    path.write_text(readme(path.read_text()))
 
 
 if __name__ == "__main__":
