@@ -587,9 +587,8 @@ def main(argv=None):
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a file that is not there or may not be read
-        print(
-            f"{error.filename or f'--out {args.out}'}: {error.strerror or error}", file=sys.stderr
-        )
+        place = error.filename or f"--out {args.out}"
+        print(f"{place}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 

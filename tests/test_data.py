@@ -513,6 +513,14 @@ def test_unknown_flag_and_bad_numbers(text, capsys):
         assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
+def test_no_flags_make_the_demo(monkeypatch):
+    made = []
+    monkeypatch.setattr(prepare_data, "prepare_demo", lambda *given: made.append(given))
+    prepare_data.main([])
+    prepare_data.main(["--out", "mine", "--seed", "3"])
+    assert made == [(Path("data/demo"), 1337), (Path("mine"), 3)]
+
+
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         prepare_data.main(["-h"])
