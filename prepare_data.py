@@ -466,7 +466,7 @@ def train_bpe(texts, n_vocab):
     return ranks
 
 
-def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_500_000, wrong=0.6, dirty=2, n_vocab=768):
+def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, dirty=2, n_vocab=768):
     """Write the demo: n_ref clean problems, pages of n_train tokens, 500 held-out questions.
 
     wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside

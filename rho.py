@@ -43,23 +43,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
-from model import (
-    GPT,
-    GPTConfig,
-    ModelError,
-    load_checkpoint,
-    load_hf,
-    load_model,
-    save_checkpoint,
-    whole_file,
-)
+from model import GPT, GPTConfig, ModelError, load_checkpoint, load_model, whole_file
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
 RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
 CHOICES = {"stage": ("ref", "score", "clm", "slm", "all"), "select": RULES}
 CHOICES["optimizer"] = ("muon", "adamw")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
-AT_ONCE = 2**23  # logits worked on at a time: more would leave a processor's cache
+AT_ONCE = {"cpu": 2**23}
 SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
 PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
@@ -75,7 +66,7 @@ class Config:
     device: str = ""  # cuda, mps or cpu; empty: the best there is
     # selection, the paper's part
     select: str = "excess"  # excess, ref_loss, ref_entropy, loss, random, oracle (demo only)
-    ratio: float = 0.6  # share of tokens trained on, over each micro-batch; 1 is plain CLM
+    ratio: float = 0.35  # share of tokens trained on, of each micro-batch (paper: 0.6); 1 is CLM
     threshold: float | None = None  # instead of ratio: every token that scores above it (nats)
     # the model; the reference's shape is in its own checkpoint and may be another
     n_layer: int = 4
@@ -88,8 +79,8 @@ class Config:
     block_size: int = 128  # tokens in a window
     init: str = ""  # start from this checkpoint, or folder of Hugging Face weights
     # training; "tokens" are tokens seen, trained on or not
-    tokens: int = 2_000_000  # for clm and slm
-    ref_tokens: int = 1_500_000  # for ref
+    tokens: int = 1_200_000  # for clm and slm
+    ref_tokens: int = 800_000  # for ref
     batch_size: int = 16  # windows in one optimizer step, over all devices
     micro_batch: int = 16  # windows that a device holds at once; the rest is accumulated
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
@@ -100,7 +91,7 @@ class Config:
     clip: float = 1.0  # norm of the gradient above which it is scaled down
     compile: bool | None = None  # torch.compile; unset: on CUDA only
     # looking
-    evals: int = 10  # evaluations over the run, evenly spaced; each also saves
+    evals: int = 12  # evaluations over the run, evenly spaced; each also saves
     eval_windows: int = 256  # windows of held-out text in one evaluation
     questions: int = 500  # demo questions answered in one evaluation
     entropy: bool = False  # score: also write the reference's entropy
@@ -177,28 +168,28 @@ class HeadLoss(torch.autograd.Function):
     The definition above would carry a gradient of (B * T, V) logits that is mostly zero. Here the
     log-probabilities of all tokens are kept just until the selection is known; then the gradient,
     softmax minus one-hot, is formed for the k selected rows and at once multiplied out.
-    forward: hidden (N, C), weight (V, C), targets (N,), choose(student_loss) -> mask (N,)
-    returns the sum (with gradient), student_loss (N,) and mask (N,) (without).
+    apply: hidden (N, C), weight (V, C), targets (N,), choose(student_loss) -> mask (N,)
+    returns the sum (with gradient), student_loss (N,) and mask (N,) (without). Matrix products are
+    in the type of `hidden`, losses in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, choose):
-        N, V = len(hidden), len(weight)
-        part = max(1, AT_ONCE // V)  # rows at a time
+        N, V, head = len(hidden), len(weight), weight.to(hidden.dtype)
+        rows = rows_at_once(hidden.device, V)
         logp = torch.empty(N, V, device=hidden.device)  # (N, V)
-        for h, out in zip(hidden.split(part), logp.split(part), strict=True):
-            torch.log_softmax((h @ weight.T).float(), -1, out=out)
+        for h, out in zip(hidden.split(rows), logp.split(rows), strict=True):
+            torch.log_softmax((h @ head.T).float(), -1, out=out)
         student_loss = -logp.gather(1, targets[:, None])[:, 0]  # (N,)
         mask = choose(student_loss)  # (N,)
-        grad_hidden = torch.zeros_like(hidden)  # (N, C)
-        grad_weight = torch.zeros_like(weight)  # (V, C)
-        for kept in mask.nonzero()[:, 0].split(part):
+        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)  # (N, C), (V, C)
+        for kept in mask.nonzero()[:, 0].split(rows):
             grad = logp[kept].exp_()  # (rows, V): softmax, and after the next line minus one-hot
             grad[torch.arange(len(kept), device=kept.device), targets[kept]] -= 1
             grad = grad.to(hidden.dtype)
-            grad_hidden[kept] = grad @ weight.to(grad.dtype)
-            grad_weight.addmm_(grad.T, hidden[kept])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            grad_hidden[kept] = grad @ head
+            grad_head.addmm_(grad.T, hidden[kept])
+        ctx.save_for_backward(grad_hidden, grad_head.to(weight.dtype))
         ctx.mark_non_differentiable(student_loss, mask)
         return (student_loss * mask).sum(), student_loss, mask
 
@@ -206,6 +197,11 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, scale, *_):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * scale, grad_weight * scale, None, None
+
+
+def rows_at_once(device, V):
+    """Rows of logits worked on together: on a processor, as many as its cache holds."""
+    return max(1, AT_ONCE.get(device.type, 2**29) // V)
 
 
 # ==== windows and batches =========================================================================
@@ -258,13 +254,14 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
-        self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.meta = load_meta(cfg.data)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def precision(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def reduce(self, *tensors):
         for tensor in tensors if self.world > 1 else ():
@@ -287,7 +284,7 @@ def open_model(path, cfg, run, mend):
     """(GPT, checkpoint) of a file or Hugging Face folder that fits the data, or an InputError."""
     if not path.exists():
         raise InputError(f"{path} not found. {mend}")
-    model, checkpoint = (load_hf(path), {}) if path.is_dir() else load_model(path)
+    model, checkpoint = load_model(path)
     spec = run.meta["tokenizer"]
     if checkpoint.get("tokenizer", spec) != spec or model.config.vocab_size < spec["n_vocab"]:
         raise InputError(f"{path} and {cfg.data} differ in tokenizer or vocabulary. {mend}")
@@ -300,9 +297,8 @@ def open_model(path, cfg, run, mend):
 def open_reference(cfg, run):
     """The frozen reference. InputError if it is missing, unfinished, or does not fit the data."""
     same = (cfg.data, cfg.out) == (Config.data, Config.out)
-    mend = "Run: python rho.py --stage ref" + (
-        "" if same else f" --data {cfg.data} --out {cfg.out}"
-    )
+    places = "" if same else f" --data {cfg.data} --out {cfg.out}"
+    mend = f"Run: python rho.py --stage ref{places}"
     path = Path(cfg.out) / "ref.pt"
     reference, checkpoint = open_model(path, cfg, run, mend)
     if checkpoint["step"] < checkpoint["steps"]:
@@ -325,7 +321,7 @@ def fingerprint(model, data_sha256, block_size):
 def score_batch(model, x, y, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
     hidden = model(x).flatten(0, 1)  # (B * T, C)
-    rows = max(1, AT_ONCE // model.config.vocab_size)  # at a time
+    rows = rows_at_once(x.device, model.config.vocab_size)
     losses, entropies = [], []
     for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
         logits = model.head(h).float()  # (rows, V)
@@ -461,9 +457,9 @@ def train(cfg, run, name, split):
                 return select_tokens(score, cfg.ratio, cfg.threshold)
 
             with run.precision():
-                hidden = trunk(x).flatten(0, 1)  # (B * T, C)
-                weight = model.lm_head.weight  # (V, C)
-                loss, student_loss, mask = HeadLoss.apply(hidden, weight, y.flatten(), choose)
+                hidden = trunk(x).flatten(0, 1).to(run.dtype)  # (B * T, C)
+            weight = model.lm_head.weight  # (V, C)
+            loss, student_loss, mask = HeadLoss.apply(hidden, weight, y.flatten(), choose)
             loss.backward()  # of the sum: how many it is a mean over is known at the step's end
             n_selected += mask.sum()
             sums += torch.stack((loss.detach(), student_loss.sum(), mask.sum().float()))
@@ -493,13 +489,14 @@ def train(cfg, run, name, split):
                 config, tokenizer = asdict(model.config), run.meta["tokenizer"]
                 moments = [o.state_dict() for o in optimizers]
                 saved = {"model": model.state_dict(), "model_config": config, "recipe": recipe}
-                save_checkpoint(
-                    path, saved | {"tokenizer": tokenizer, "optimizers": moments} | state
-                )
+                saved |= {"tokenizer": tokenizer, "optimizers": moments} | state
+                with whole_file(path) as f:
+                    torch.save(saved, f)
                 with whole_file(path.with_suffix(".jsonl")) as f:
                     f.writelines(f"{json.dumps(r)}\n".encode() for r in state["records"])
+                last = state["records"][-1]
                 run.say(
-                    "  ".join(f"{k} {v:.6g}" for k, v in state["records"][-1].items() if k in SHOWN)
+                    f"{name:>11}  " + "  ".join(f"{k} {last[k]:.6g}" for k in SHOWN if k in last)
                 )
             run.barrier()
             started = time.time()
@@ -510,26 +507,25 @@ def train(cfg, run, name, split):
 # ==== evaluation ==================================================================================
 
 
-@torch.no_grad()
-def mean_loss(cfg, run, model, windows):
-    """Mean loss in nats over the first eval_windows windows, all their tokens counted."""
-    total, n = 0.0, min(cfg.eval_windows, windows.n)
-    for lo in range(0, n, cfg.micro_batch):
-        x, y = (t.to(run.device) for t in windows[np.arange(lo, min(lo + cfg.micro_batch, n))])
-        with run.precision():
-            total += score_batch(model, x, y)[0].sum().item()
-    return total / (n * windows.T)
-
-
 def evaluate(cfg, run, model, held_out):
-    """What arms are compared on: held-out loss, and answers where the data has questions."""
-    started = time.time()
+    """What arms are compared on: held-out loss, and answers where the data has questions.
+
+    The loss is the mean in nats over the first eval_windows windows, all their tokens counted.
+    """
+    started, record = time.time(), {}
     model.eval()
-    record = {name: mean_loss(cfg, run, model, windows) for name, windows in held_out.items()}
+    for name, windows in held_out.items():
+        total, n = 0.0, min(cfg.eval_windows, windows.n)
+        for w in np.array_split(np.arange(n), -(-n // cfg.micro_batch)):
+            x, y = (t.to(run.device) for t in windows[w])  # (B, T)
+            with run.precision():
+                total += score_batch(model, x, y)[0].sum().item()
+        record[name] = total / (n * windows.T)
     path = Path(cfg.data) / "questions.jsonl"
     if cfg.questions and path.exists():
         questions = load_questions(path, cfg.questions)
-        answers = answer_questions(model, get_tokenizer(run.meta["tokenizer"]), questions)
+        encoding = get_tokenizer(run.meta["tokenizer"])
+        answers = answer_questions(model, encoding, questions, batch_size=512)
         record |= {"right": sum(a["correct"] for a in answers), "questions": len(answers)}
     model.train()
     return record | {"eval_seconds": round(time.time() - started, 2)}

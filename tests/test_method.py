@@ -117,7 +117,9 @@ def test_trap_labels_shifted_twice_or_not_at_all():
 def test_trap_windows_are_shifted_once(tmp_path):
     np.arange(30, dtype=np.uint16).tofile(tmp_path / "train.bin")
     windows = rho.Windows(
-        rho.Config(data=str(tmp_path), block_size=7), {"dtype": "uint16"}, "train"
+        rho.Config(data=str(tmp_path), block_size=7),
+        {"dtype": "uint16", "tokens": {"train": 30}},
+        "train",
     )
     assert windows.n == 4
     x, y = windows[[0, 3]]
@@ -221,7 +223,7 @@ def pick(rule, ref_loss, **how):
 @pytest.mark.parametrize("at_once", [2**23, 37 * 7, 1])  # rows all at once, by sevens, one by one
 def test_fast_twin_equals_the_definition(how, at_once, monkeypatch):
     """Loss, mask and both gradients against float64 autograd through the plain masked form."""
-    monkeypatch.setattr(rho, "AT_ONCE", at_once)
+    monkeypatch.setattr(rho, "AT_ONCE", {"cpu": at_once})
     torch.manual_seed(0)
     N, C, vocabulary = 40, 6, 37
     hidden, weight = torch.randn(N, C).double(), torch.randn(vocabulary, C).double() / 2
@@ -241,6 +243,22 @@ def test_fast_twin_equals_the_definition(how, at_once, monkeypatch):
     for f, p in zip(fast, plain, strict=True):
         assert f.grad.double().allclose(p.grad, atol=1e-6)
         assert f.grad.abs().max() > 1e-3
+
+
+def test_fast_twin_in_bf16_is_close():
+    """The path of a GPU, on a processor: products in bf16, losses in float32."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 16), torch.randn(37, 16) / 4
+    targets, mask = torch.randint(37, (50,)), torch.rand(50) < 0.6
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = (t.clone().requires_grad_() for t in (hidden, weight))
+        total, losses, _ = HeadLoss.apply(h.to(dtype), w, targets, lambda _: mask)
+        total.backward()
+        assert losses.dtype == w.grad.dtype == h.grad.dtype == torch.float32
+        grads.append((total.detach()[None], losses, h.grad, w.grad))
+    for full, half in zip(*grads, strict=True):
+        assert 0 < (full - half).norm() < 0.01 * full.norm()
 
 
 def test_gradient_equals_finite_differences():

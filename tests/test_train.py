@@ -23,7 +23,9 @@ LOOKS = {"evals": 5, "eval_windows": 4, "questions": 3}
 
 @pytest.fixture
 def cfg(tiny_data, tmp_path):
-    return Config(data=str(tiny_data), out=str(tmp_path / "out"), **SMALL, **QUICK, **LOOKS)
+    return Config(
+        data=str(tiny_data), out=str(tmp_path / "out"), ratio=0.6, **SMALL, **QUICK, **LOOKS
+    )
 
 
 def go(cfg, stage, **changes):
@@ -304,6 +306,22 @@ def test_starting_from_a_checkpoint_goes_on_from_its_weights(cfg):
     init = str(Path(cfg.out) / "clm.pt")
     _, more = go(cfg, "clm", init=init, name="more", lr=1e-6, tokens=256, evals=1)
     assert more[-1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=1e-2)
+
+
+def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
+    """What CUDA runs, here on the processor."""
+    go(cfg, "ref")
+    full, records = go(cfg, "slm")
+    real = Run.__init__
+
+    def half(self, cfg):
+        real(self, cfg)
+        self.dtype = torch.bfloat16
+
+    monkeypatch.setattr(Run, "__init__", half)
+    _, halved = go(cfg, "slm", name="half")
+    assert halved[-1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=0.02)
+    assert halved[-1]["val_loss"] != records[-1]["val_loss"]
 
 
 # ---- several processes ---------------------------------------------------------------------------
