@@ -206,6 +206,8 @@ def whole_file(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save makes one of the OSError that a full disk is
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
         temporary.unlink(missing_ok=True)
 
