@@ -207,7 +207,7 @@ def whole_file(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save makes one of the OSError that a full disk is
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
