@@ -138,26 +138,24 @@ def normal(answer):
 def evaluate(expression, point=0):
     """Value (float or complex) of arithmetic as `normal` spells it; None if it is anything else.
 
-    A recursive parser. A letter is a variable, with a value of its own at each `point`. In floats
-    9^9^9 is an error at once, and no wait.
+    A letter is a variable, with a value of its own at each `point`. In floats 9^9^9 is an error at
+    once, and no wait; LONGEST bounds the depth of the recursion too.
     """
     tokens = ["", *reversed(TOKEN.findall(expression[:LONGEST]))]
 
-    def value(rank, depth):  # of what stands next, as far as operators bind at least so strongly
+    def value(rank):  # of what stands next, as far as operators bind at least so strongly
         token = tokens.pop()
-        if depth > 25:
-            raise ValueError("nested too deeply")
         if token in ("+", "-"):
-            left = value(2, depth + 1) * (1 if token == "+" else -1)
+            left = value(2) * (1 if token == "+" else -1)
         elif token in CLOSE:
-            left = value(0, depth + 1)
+            left = value(0)
             if tokens.pop() != CLOSE[token]:
                 raise ValueError("a bracket does not close")
         elif token == "\\frac":
-            left = value(3, depth + 1) / value(3, depth + 1)
+            left = value(3) / value(3)
         elif token == "\\sqrt":
-            root = value(3, depth + 1) if tokens[-1] == "[" else 2
-            left = value(3, depth + 1) ** (1 / root)
+            root = value(3) if tokens[-1] == "[" else 2
+            left = value(3) ** (1 / root)
         elif len(token) == 1 and token.isalpha():
             left = 2 * math.sin(ord(token) * (point + 1))
         else:
@@ -168,10 +166,10 @@ def evaluate(expression, point=0):
             if RANK.get(tokens[-1], -1) < rank:
                 return left
             sign = tokens.pop()
-            left = APPLY.get(sign, pow)(left, value(RANK[sign] + (sign != "^"), depth + 1))
+            left = APPLY.get(sign, pow)(left, value(RANK[sign] + (sign != "^")))
 
     try:
-        result = value(0, 0)
+        result = value(0)
         return result if len(tokens) == 1 and cmath.isfinite(result) else None
     except (ValueError, ArithmeticError):
         return None

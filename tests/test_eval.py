@@ -247,6 +247,7 @@ DIFFERENT = [
     ("inf", "infinity"),
     ("1e999", "1e998"),
     ("((1)", "1"),
+    ("(1]", "1"),
     ("", ""),
     ("", "0"),
     (None, None),
@@ -720,6 +721,14 @@ def test_bad_input(folder, capsys, arguments, said):
     ckpt = [] if "--ckpt" in arguments or not arguments else ["--ckpt", "slm.pt"]
     assert said in refused([*ckpt, *arguments], capsys)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_long_error_of_loading_is_one_line(folder, capsys, monkeypatch):
+    def mismatch(*_):
+        raise RuntimeError("Error(s) in loading state_dict:\n\tsize mismatch\n\tand another")
+
+    monkeypatch.setattr(eval_math, "load_model", mismatch)
+    assert "slm.pt" in refused(["--ckpt", "slm.pt"], capsys)
 
 
 @pytest.mark.parametrize("fails", ["replace", "dumps"])
