@@ -157,7 +157,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(gpt, prompts, max_new_tokens, stop=(), temperature=0, generator=None, use_cache=True):
     """Continue each prompt until its own stop token, or for max_new_tokens.
 
