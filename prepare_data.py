@@ -9,12 +9,11 @@ reference by document.  val_corpus: held-out corpus documents.  Each is a flat s
   python prepare_data.py --recipe math --max_tokens 1e9      the paper's sets, streamed from the hub
 
 A PATH is a .jsonl, .parquet or .txt file (.txt: one document, cut at a line end each MB), also .gz,
-.xz or .zst, or a folder. PATH:0.3 takes a random 30 % of its rows, PATH:-0.3 the other 70 %.
+.xz or .zst, or a folder of such files.
 """
 
 import argparse
 import base64
-import bisect
 import hashlib
 import heapq
 import json
@@ -25,10 +24,11 @@ import re
 import shlex
 import shutil
 import sys
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -39,24 +39,19 @@ from tqdm import tqdm
 
 NGRAM = 13  # words in a row that make a document contaminated if a question has them too
 MIN_TOKENS = 100  # a stream with less is no text to learn or to measure on
-SEPARATORS = bytes(b if b > 127 or chr(b).isalnum() else 32 for b in range(256))
-RECIPES = {  # role, share of what is read, dataset on the hub, config, fields, split
-    "math": (
-        ("reference", 6, "meta-math/MetaMathQA", None, "query,response", "train"),
-        ("reference", 4, "TIGER-Lab/MathInstruct", None, "instruction,output", "train"),
-        ("reference", 0.1, "openai/gsm8k", "main", "question,answer", "train"),
-        ("corpus", 1, "open-web-math/open-web-math", None, "text", "train"),
-        ("questions", 1, "openai/gsm8k", "main", "question,answer", "test"),
-    ),
-    "general": (
-        ("reference", 1, "allenai/tulu-v2-sft-mixture", None, "messages", "train"),
-        ("reference", 1, "teknium/OpenHermes-2.5", None, "conversations", "train"),
-        ("corpus", 6, "cerebras/SlimPajama-627B", None, "text", "train"),
-        ("corpus", 3, "bigcode/starcoderdata", None, "content", "train"),
-        ("corpus", 1, "open-web-math/open-web-math", None, "text", "train"),
-        ("questions", 1, "openai/gsm8k", "main", "question,answer", "test"),
-    ),
-}
+RECIPES = """
+math     reference  6    meta-math/MetaMathQA         train  query,response
+math     reference  4    TIGER-Lab/MathInstruct       train  instruction,output
+math     reference  0.1  openai/gsm8k:main            train  question,answer
+math     corpus     1    open-web-math/open-web-math  train  text
+math     questions  1    openai/gsm8k:main            test   question,answer
+general  reference  1    allenai/tulu-v2-sft-mixture  train  messages
+general  reference  1    teknium/OpenHermes-2.5       train  conversations
+general  corpus     6    cerebras/SlimPajama-627B     train  text
+general  corpus     3    bigcode/starcoderdata        train  content
+general  corpus     1    open-web-math/open-web-math  train  text
+general  questions  1    openai/gsm8k:main            test   question,answer
+"""  # recipe, role, share of what is read in that role, dataset on the hub, split, fields
 
 
 class InputError(Exception):
@@ -72,96 +67,93 @@ def get_tokenizer(spec):
         options = {"mergeable_ranks": ranks, "special_tokens": {"<|endoftext|>": spec["eot"]}}
         return tiktoken.Encoding(spec["name"], pat_str=spec["pat_str"], **options)
     except (KeyError, TypeError, ValueError, OSError) as error:  # OSError: no network
-        names = ", ".join(tiktoken.list_encoding_names())
-        problem = f"--tokenizer {spec.get('name')}: {type(error).__name__}; tiktoken has {names}"
+        problem = f"--tokenizer {spec.get('name')}: {type(error).__name__}; tiktoken has "
+        problem += ", ".join(tiktoken.list_encoding_names())
         raise InputError(f"{problem}; without a network it needs TIKTOKEN_CACHE_DIR") from error
 
 
-# ---- reading: a source is a dict, the one that meta.json shows ----
-
-
-def new_source(role, path, fields):
-    """One PATH of the command line -> source. InputError if it holds no text file."""
-    path, share = re.fullmatch(r"(.+?)(?::(-?0?\.\d+))?", path).groups()
-    files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
-    files = [f for f in files if re.search(r"\.(jsonl|txt|parquet)(\.(gz|xz|zst))?$", f.name)]
-    if not files:
-        raise InputError(f"--{role} {path}: no .jsonl, .txt or .parquet file (.gz, .xz, .zst)")
-    source = {"role": role, "name": path, "fields": fields, "share": float(share or 1)}
-    return source | {"files": [str(f) for f in files], "size": sum(f.stat().st_size for f in files)}
+def find_sources(args):
+    """The flags -> [source, ...], as meta.json shows them. InputError if a path holds no text."""
+    sources, ending = [], re.compile(r"\.(jsonl|txt|parquet)(\.(gz|xz|zst))?$")
+    for role in ("reference", "corpus", "val", "questions"):
+        fields = ["question", "answer"] if role == "questions" else args.field.split(",")
+        for name in getattr(args, role):
+            files = sorted(Path(name).rglob("*")) if os.path.isdir(name) else [Path(name)]
+            files = [f for f in files if ending.search(f.name)]
+            if not files:
+                raise InputError(f"--{role} {name}: no .jsonl, .txt, .parquet (.gz, .xz, .zst)")
+            source = {"role": role, "name": name, "fields": fields, "files": [*map(str, files)]}
+            sources.append(source | {"size": sum(f.stat().st_size for f in files)})
+    for recipe, role, size, name, split, fields in map(str.split, RECIPES.strip().split("\n")):
+        if recipe == args.recipe:
+            source = {"role": role, "name": name, "fields": fields.split(","), "files": [name]}
+            sources.append(source | {"size": float(size), "split": split})
+    return sources
 
 
 def read_rows(source):
-    """Yield the rows of a source, each a dict, a text, or the bytes of a line of JSON."""
+    """Yield the rows of a source: dicts, lines of JSON, or pieces of a .txt."""
+    from datasets import load_dataset  # here, since it takes a second that the demo need not wait
+
+    logging.getLogger("huggingface_hub").setLevel("ERROR")  # the last error is enough
     for name in source["files"]:
         source["place"] = name
-        if "hub" in source or name.endswith(".parquet"):
-            from datasets import load_dataset  # imported here: it takes a second
-
-            logging.getLogger("huggingface_hub").setLevel("ERROR")  # the last error is enough
-            parquet = {"path": "parquet", "data_files": name, "split": "train"}
-            rows = load_dataset(**source.get("hub", parquet), streaming=True)
-        elif name.endswith(".zst") and "zst" not in fsspec.utils.compressions:
-            raise ImportError("needs one more package: pip install zstandard")
+        if "split" in source:  # on the hub
+            rows = load_dataset(*name.split(":"), split=source["split"], streaming=True)
+        elif name.endswith(".parquet"):
+            rows = load_dataset("parquet", data_files=name, split="train", streaming=True)
         else:
-            rows = file = fsspec.open(name, "rb", compression="infer").open()
+            compression = "zst" if name.endswith(".zst") else "infer"
+            rows = file = fsspec.open(name, "rb", compression=compression).open()
             if ".txt" in name[-8:]:
-                pieces = iter(partial(file.readlines, 1 << 20), [])
-                rows = (b"".join(lines).decode() for lines in pieces)
+                rows = map(bytes.decode, map(b"".join, iter(partial(file.readlines, 1 << 20), [])))
         for number, row in enumerate(rows, 1):
             source["place"] = f"{name}:{number}"
             if row not in (b"\n", b"\r\n"):
                 yield row
 
 
-def row_texts(row, fields):
-    """The texts of the fields of a row. ValueError and the like say what is wrong with it."""
+def row_text(row, fields):
+    """The text of a row; of two fields, a question with its answer. Any exception: a bad row."""
     row = json.loads(row) if isinstance(row, bytes) else row
     row = {fields[0]: row} if isinstance(row, str) else row
-    texts = [row[field] for field in fields if field in row]
-    if len(texts) < len(fields):
+    if not all(field in row for field in fields):
         raise ValueError(f"no field {', '.join(fields)} (--field); there are {', '.join(row)}")
-    for i, text in enumerate(texts):
-        if isinstance(text, list):  # a chat, turn by turn
-            text = "\n".join(turn.get("content") or turn["value"] for turn in text)
-        texts[i] = text.encode(errors="replace").decode()  # there are no tokens for lone surrogates
-    return texts
+    texts = [row[field] for field in fields]
+    if isinstance(texts[0], list):  # a chat, turn by turn
+        texts = ["\n".join(turn.get("content", turn.get("value")) for turn in texts[0])]
+    text = "Question: " * (len(texts) > 1) + "\nAnswer: ".join(texts)
+    return text.encode(errors="replace").decode()  # there are no tokens for lone surrogates
 
 
-def read_source(source, args):
-    """Yield (progress, place, texts) of each row, and count. InputError says where it is bad."""
+def read_source(source, skip_bad):
+    """Yield (progress, place, text) of each row, and count. InputError says where it is bad."""
     source |= {"rows": 0, "skipped": 0}
-    rng, digest, done = random.Random(f"{args.seed} {source['name']}"), hashlib.sha256(), 0
-    hint = "no hub? Give --reference FILE --corpus FILE" if "hub" in source else "damaged?"
+    done, digest = 0, hashlib.sha256()
+    hint = "damaged? (.zst needs: pip install zstandard)"
+    hint = "no hub? Give --reference FILE --corpus FILE" if "split" in source else hint
     try:
         for row in read_rows(source):
-            if (rng.random() < abs(source["share"])) != (source["share"] > 0):
-                continue
             source["rows"] += 1
             try:
-                texts = row_texts(row, source["fields"])
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                if not args.skip_bad:
+                text = row_text(row, source["fields"])
+            except Exception:
+                if not skip_bad:
                     hint = "--skip_bad skips and counts bad rows"
                     raise
                 source["skipped"] += 1
                 continue
-            digest.update("\0".join(texts).encode())
+            digest.update(text.encode())
             source["sha256"] = digest.hexdigest()
-            done += sum(map(len, texts))
-            yield done / source["size"], source["place"], texts
+            done += len(text)
+            yield done / source["size"], source["place"], text
     except Exception as error:  # of JSON, gzip, pyarrow, the hub: whatever it is, say where
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{source['place']}: {reason}; {hint}") from error
 
 
-# ---- evaluation questions in training text ----
-
-
 def words_of(text):
-    """Lower case, punctuation stripped; as bytes, which is three times faster."""
-    text = re.sub(rb"\xe2[\x80-\x8b].", b" ", text.lower().encode())  # curly quotes, dashes
-    return text.translate(SEPARATORS).split()
+    return re.findall(r"\w+", text.lower())
 
 
 def ngrams(words, n):
@@ -169,158 +161,94 @@ def ngrams(words, n):
 
 
 def question_grams(questions):
-    """{n: ({n-gram: question}, their pieces)}; n is 13, or all words of a shorter question."""
+    """Questions -> {n: {n-gram: question}}; n is 13, or all words of a shorter question."""
     grams = {}
     for question in questions:
-        words = words_of(question["question"])
+        words = words_of(question)
         n = min(NGRAM, len(words))
-        full, pieces = grams.setdefault(n, ({}, set()))
-        full.update(dict.fromkeys(ngrams(words, n), question["question"]))
-        pieces.update(ngrams(words, (n + 1) // 2))
+        grams.setdefault(n, {}).update(dict.fromkeys(ngrams(words, n), question))
     return grams
 
 
 def find_question(text, grams):
-    """A question of which the text holds an n-gram, or None.
-
-    Cut a text into pieces of (n+1)//2 words: wherever an n-gram lies, it covers a whole piece. So
-    one look per piece clears nearly all texts.
-    """
+    """A question of which the text holds an n-gram, or None."""
     words = words_of(text) if grams else []
-    for n, (full, pieces) in grams.items():
-        if not pieces.isdisjoint(zip(*[iter(words)] * ((n + 1) // 2), strict=False)):
-            for gram in ngrams(words, n):
-                if gram in full:
-                    return full[gram]
+    for n, known in grams.items():
+        if not known.keys().isdisjoint(ngrams(words, n)):  # in C, it clears nearly all texts
+            return next(known[gram] for gram in ngrams(words, n) if gram in known)
     return None
 
 
-# ---- splitting, tokenising, writing ----
-
-
 def hold_out(texts, n, share, held, seed, avoid=()):
-    """Yield texts, but keep in `held` the n (at most that share) of smallest seeded hash, sorted.
+    """Yield texts, but keep the n (at most that share) of smallest seeded hash: held[hash] = text.
 
     The hash decides, so copies of held-out texts do not get through, nor do those in `avoid`.
     """
-    total, avoid = 0, {key for key, _ in avoid}
+    total = 0
     for text in texts:
         total += 1
-        item = (hashlib.blake2b(text.encode(), key=str(seed).encode()).digest(), text)
-        i = bisect.bisect_left(held, item)
-        if item[0] not in avoid and held[i : i + 1] != [item]:
-            held.insert(i, item)
+        key = hashlib.sha256(f"{seed} {text}".encode()).digest()
+        if key not in avoid:
+            held[key] = text
             if len(held) > n:
-                yield held.pop()[1]
+                yield held.pop(max(held))
     while len(held) > max(1, share * total):
-        yield held.pop()[1]
+        yield held.pop(max(held))
 
 
 def write_tokens(path, texts, encoding, dtype, max_tokens=None):
     """Tokenise on all cores and stream to `path`. Returns the numbers of tokens and documents.
 
-    Threads, since tiktoken lets go of Python's lock. The number of texts under way is fixed: memory
-    is constant, and what is read for max_tokens is the same on any machine.
+    Threads, since tiktoken lets go of Python's lock. Batches, so that memory is constant.
     """
 
     def encode(text):
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         return np.append(np.uint32(encoding.eot_token), tokens).astype(dtype)
 
-    def encoded(pool):
-        pending = deque()
-        for text in texts:
-            pending.append(pool.submit(encode, text))
-            if len(pending) > 256:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
-
-    tokens, documents = 0, 0
+    tokens, documents, texts = 0, 0, iter(texts)
     bar = tqdm(desc=path.stem, unit=" tokens", unit_scale=True, total=max_tokens, mininterval=0.5)
     with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for document in encoded(pool):
-            file.write(document.tobytes())
-            documents += 1
-            tokens += len(document)
-            bar.update(len(document))
-            if max_tokens and tokens >= max_tokens:
-                break
-        pool.shutdown(cancel_futures=True)
+        while batch := list(islice(texts, 256)):
+            for document in pool.map(encode, batch):
+                file.write(document.tobytes())
+                documents += 1
+                tokens += len(document)
+                bar.update(len(document))
+                if max_tokens and tokens >= max_tokens:
+                    return tokens, documents
     return tokens, documents
 
 
-def prepare_text(work, folder, sources, questions, args, meta):
-    """Tokenise the sources in folder `work`; when all is well, move it to `folder`."""
-    spec = {"name": args.tokenizer}
-    if args.tokenizer.endswith(".json"):
-        spec = load_meta(Path(args.tokenizer).parent)["tokenizer"]
-    encoding = get_tokenizer(spec)
-    spec |= {"n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
-    dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
-    meta |= {"tokenizer": spec, "dtype": dtype.name, "tokens": {}, "documents": {}}
-    grams, found = question_grams(questions), []
-
-    def texts(role):  # all sources of a role in step, in proportion to their size
-        chosen = [read_source(source, args) for source in sources if source["role"] == role]
-        for _, place, texts in heapq.merge(*chosen, key=lambda item: item[0]):
-            text = texts[0] if len(texts) == 1 else "Question: {}\nAnswer: {}".format(*texts)
-            question = find_question(text, grams) if role != "val" else None
-            if question is not None:
-                found.append({"document": place, "question": question})
-            if text.strip() and (question is None or args.keep_contaminated):
-                yield text
-
-    given, split, corpus = [], [], []  # held-out texts: named by --val or split off, of the corpus
-    list(hold_out(texts("val"), sys.maxsize, 1, given, args.seed))
-    val, n = (given, 0) if args.val else (split, args.val_docs)
-    reference = hold_out(texts("reference"), n, 0.1, split, args.seed, given)
-    dirty = hold_out(texts("corpus"), 200, 0.05, corpus, args.seed, val)
-    for name, flag, documents, limit in (
-        ("ref", "--reference", reference, args.max_ref_tokens),
-        ("val", "--val", (text for _, text in val), None),
-        ("train", "--corpus", dirty, args.max_tokens),
-        ("val_corpus", "--corpus", (text for _, text in corpus), None),
-    ):
-        tokens, count = write_tokens(work / f"{name}.bin", documents, encoding, dtype, limit)
-        if tokens < MIN_TOKENS:
-            skipped = sum(source.get("skipped", 0) for source in sources)
-            reason = f"{name}.bin would hold {tokens} tokens, {skipped} rows were skipped"
-            raise InputError(f"{flag}: too little text; {reason}")
-        meta["tokens"][name], meta["documents"][name] = tokens, count
-    if questions:
-        lines = [json.dumps(question) + "\n" for question in questions]
-        Path(work, "questions.jsonl").write_text("".join(lines))
-    contamination = {"questions": len(questions), "ngram": NGRAM, "found": len(found)}
-    contamination |= {"dropped": not args.keep_contaminated, "documents": found[:100]}
-    meta |= {"sources": sources, "seed": args.seed, "contamination": contamination}
-    finish(work, folder, meta)
-
-
 @contextmanager
-def workplace(folder):
-    """An empty folder beside `folder` to write in; nothing of it is left behind."""
-    work = Path(f"{folder}.tmp")
+def new_folder(folder, meta, questions):
+    """Gives an empty folder to write in; its files move to `folder` when all is well.
+
+    meta.json moves last: without it a folder is not prepared. A failure leaves nothing behind.
+    """
+    work, folder = Path(f"{folder}.tmp"), Path(folder)
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     try:
         work.mkdir(parents=True)
         yield work
+        if questions:
+            lines = [json.dumps(question) + "\n" for question in map(split_question, questions)]
+            (work / "questions.jsonl").write_text("".join(lines))
+        files = sorted(work.iterdir())
+        meta["files"] = {f.name: hashlib.sha256(np.memmap(f, mode="r")).hexdigest() for f in files}
+        (work / "meta.json").write_text(json.dumps(meta, indent=1))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("meta.json", "train.kind.bin", "questions.jsonl"):  # of an earlier preparation
+            (folder / name).unlink(missing_ok=True)
+        for path in [*files, work / "meta.json"]:
+            os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def finish(work, folder, meta):
-    """Move the files of `work` to `folder`, meta.json last: without it a folder is not prepared."""
-    files, folder = sorted(Path(work).iterdir()), Path(folder)
-    meta["files"] = {f.name: hashlib.sha256(np.memmap(f, mode="r")).hexdigest() for f in files}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("meta.json", "train.kind.bin", "questions.jsonl"):  # of an earlier preparation
-        Path(folder, name).unlink(missing_ok=True)
-    with open(Path(work, "meta.json"), "w") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in [*files, Path(file.name)]:
-        os.replace(path, folder / path.name)
+def split_question(text):
+    question, _, answer = text.removeprefix("Question: ").partition("\nAnswer: ")
+    return {"question": question, "answer": answer}
 
 
 def load_meta(folder):
@@ -329,10 +257,9 @@ def load_meta(folder):
     try:
         meta = json.loads(path.read_text())
         command = meta.get("command", command)
-        for name, tokens in meta["tokens"].items():
-            file, size = path.with_name(f"{name}.bin"), tokens * np.dtype(meta["dtype"]).itemsize
-            if file.stat().st_size != size:
-                raise InputError(f"{file} has not the {size} bytes of meta.json. Run: {command}")
+        sizes = {n: k * np.dtype(meta["dtype"]).itemsize for n, k in meta["tokens"].items()}
+        if wrong := [n for n in sizes if path.with_name(f"{n}.bin").stat().st_size != sizes[n]]:
+            raise InputError(f"{path}: {wrong[0]}.bin has another size. Run: {command}")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} not found. Run: {command}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -340,7 +267,53 @@ def load_meta(folder):
     return meta
 
 
-# ---- the embedded default: demo ----
+def prepare_text(args, sources, meta):
+    """Tokenise the sources into the folder args.out. InputError if one is bad or too short."""
+    if missing := {"reference", "corpus"} - {source["role"] for source in sources}:
+        raise InputError(f"--{missing.pop()} is missing: your own text needs both")
+    spec = {"name": args.tokenizer}
+    if args.tokenizer.endswith(".json"):
+        spec = load_meta(Path(args.tokenizer).parent)["tokenizer"]
+    encoding = get_tokenizer(spec)
+    spec |= {"n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
+    dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
+    grams, found = {}, []
+
+    def texts(role):  # all sources of a role in step, in proportion to their size
+        chosen = [read_source(s, args.skip_bad) for s in sources if s["role"] == role]
+        for _, place, text in heapq.merge(*chosen, key=lambda item: item[0]):
+            if question := find_question(text, grams):
+                found.append({"document": place, "question": question})
+            if text.strip() and (not question or args.keep_contaminated):
+                yield text
+
+    given, split, held = {}, {}, {}  # held-out texts: of --val, of the reference, of the corpus
+    questions = list(texts("questions"))
+    list(hold_out(texts("val"), np.inf, 1, given, args.seed))  # may hold questions: not searched
+    grams = question_grams(split_question(text)["question"] for text in questions)
+    val, n = (given, 0) if args.val else (split, args.val_docs)
+    ref = hold_out(texts("reference"), n, 0.1, split, args.seed, given)
+    train = hold_out(texts("corpus"), 200, 0.1, held, args.seed, val)
+    meta |= {"tokenizer": spec, "dtype": dtype.name, "tokens": {}, "documents": {}}
+    meta |= {"sources": sources, "seed": args.seed}
+    with new_folder(args.out, meta, questions) as work:
+        streams = {"ref": ref, "val": val.values(), "train": train, "val_corpus": held.values()}
+        for name, stream in streams.items():
+            limit = args.max_tokens if name == "train" else None
+            tokens, count = write_tokens(work / f"{name}.bin", stream, encoding, dtype, limit)
+            if tokens < MIN_TOKENS:
+                skipped = sum(source.get("skipped", 0) for source in sources)
+                flag = {"ref": "--reference", "val": "--val, --reference"}.get(name, "--corpus")
+                reason = f"{name}.bin would hold {tokens} tokens, {skipped} rows were skipped"
+                raise InputError(f"{flag}: too little text; {reason}")
+            meta["tokens"][name], meta["documents"][name] = tokens, count
+        contamination = {"questions": len(questions), "ngram": NGRAM, "found": len(found)}
+        contamination |= {"dropped": not args.keep_contaminated, "documents": found[:100]}
+        meta["contamination"] = contamination
+    print(f"{args.out}: " + ", ".join(f"{name} {n:,} tokens" for name, n in meta["tokens"].items()))
+
+
+# The embedded default, demo:
 # Clean grade-school problems with worked steps for the reference, and a crawl of web-like pages in
 # which such problems are hidden. Its dirt is what real crawls hold, of five kinds: worked answers
 # that are wrong (half of what students post), chatter, articles about something else (they can be
@@ -360,6 +333,12 @@ CHATTER = (
 STARTS = ("{name} has {a} {thing}.", "There are {a} {thing} in the box of {name}.")
 PACKS = ("{name} has {a} bags of {b} {thing}.", "{name} fills {a} boxes with {b} {thing} each.")
 ASKS = ("How many {thing} does {name} have now?", "How many {thing} are left with {name}?")
+FACTS = (  # on towns; what an article says of one is the same on every page, so can be learned
+    "{town} lies on the river {river}. ",
+    "The town of {town} was founded in {year}. ",
+    "{town} is known for its {craft}. ",
+    "In {year} the people of {town} built a bridge over the {river}. ",
+)
 VERBS = {
     "+": ("{name} buys {b} more.", "{name} finds {b} more.", "{other} brings {b} more."),
     "-": ("{name} gives {b} to {other}.", "{name} loses {b}.", "{other} takes {b}."),
@@ -373,34 +352,23 @@ def problem(rng):
     """(question, [(operation, number), ...]): a start value, then one to three steps."""
     name, other = rng.sample(NAMES, 2)
     fill = {"name": name, "other": other, "thing": rng.choice(THINGS)}
-    n_steps = rng.choice((1, 1, 1, 2, 2, 3))
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    n_steps, a, b = rng.choice((1, 1, 1, 2, 2, 3)), rng.randint(2, 9), rng.randint(2, 9)
     if rng.random() < 0.3:
-        steps, text = [("", a), ("*", b)], [rng.choice(PACKS).format(a=a, b=b, **fill)]
+        steps, value, start = [("", a), ("*", b)], a * b, PACKS
     else:
-        a = rng.randint(2, 30)
-        steps, text = [("", a)], [rng.choice(STARTS).format(a=a, **fill)]
-    value = a * b if len(steps) == 2 else a
+        a = value = rng.randint(2, 30)
+        steps, start = [("", a)], STARTS
+    text = [rng.choice(start).format(a=a, b=b, **fill)]
     while len(steps) <= n_steps:
         parts = [p for p in (2, 3, 4, 5) if value % p == 0 and value > p]
         ways = {"+": rng.randint(1, 20), "-": rng.randint(1, min(20, max(1, value - 1)))}
         ways |= {"*": rng.randint(2, 4)} if value <= 20 else {}
         ways |= {"/": rng.choice(parts)} if parts else {}
-        operation = rng.choice([*ways])
-        b = ways[operation]
+        operation, b = rng.choice([*ways.items()])
         steps.append((operation, b))
         text.append(rng.choice(VERBS[operation]).format(b=b, **fill))
         value = APPLY[operation](value, b)
     return " ".join([*text, rng.choice(ASKS).format(**fill)]), steps
-
-
-def slip(rng, value, operation, b, result):
-    """A wrong result of the sorts that people make: off by one or ten, the wrong operation, digits
-    swapped, or a guess."""
-    other = APPLY["-" if operation == "+" else "+"](value, b)
-    sorts = [result + rng.choice((-1, 1)), result + rng.choice((-10, 10)), other]
-    sorts += [int(str(abs(result))[::-1]), rng.randint(1, 99)]
-    return rng.choice([s for s in sorts if s > 0 and s != result])
 
 
 def worked(rng, question, steps, wrong=False):
@@ -410,24 +378,14 @@ def worked(rng, question, steps, wrong=False):
     for i, (operation, b) in enumerate(steps[1:], 1):
         result = APPLY[operation](value, b)
         text += f" {value}{operation}{b}=<<{value}{operation}{b}="
-        if i == bad:
+        if i == bad:  # off by one or ten, another operation, digits swapped, or a guess
+            slips = [result + rng.choice((-1, 1)), result + rng.choice((-10, 10))]
+            slips += [APPLY["-" if operation == "+" else "+"](value, b), int(str(result)[::-1])]
+            slips += [rng.randint(1, 99)]
             segments, text, kind = [(text, 0)], "", 1
-            result = slip(rng, value, operation, b, result)
+            result = rng.choice([slip for slip in slips if slip > 0 and slip != result])
         text, value = f"{text}{result}>>{result}.", result
     return [*segments, (f"{text}\n#### {value}\n", kind)]
-
-
-def towns(rng, n=400):
-    """Invented towns: what an article says of one is the same on every page, so can be learned."""
-    word = lambda k: "".join(rng.choices(SYLLABLES, k=k)).capitalize()  # noqa: E731
-    for _ in range(n):
-        town, river, year = word(3), word(2), rng.randint(1100, 1950)
-        yield (
-            f"{town} lies on the river {river}. ",
-            f"The town of {town} was founded in {year}. ",
-            f"{town} is known for its {rng.choice(CRAFTS)}. ",
-            f"In {year} the people of {town} built a bridge over the {river}. ",
-        )
 
 
 def dirt(rng, facts):
@@ -447,22 +405,17 @@ def dirt(rng, facts):
 
 def train_bpe(texts, n_vocab):
     """Ranks of a byte-level BPE: the most frequent pair is merged until the vocabulary is full."""
-    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
+    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = {word.encode().decode("latin1"): n for word, n in counts.items()}  # token i is chr(i)
     ranks = [bytes([b]) for b in range(256)]
     while len(ranks) < n_vocab - 1:  # the last id is end-of-text
         pairs = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:], strict=False):
-                pairs[pair] += n
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        ranks.append(b"".join(best))
-        for word in [w for w in words if best in zip(w, w[1:], strict=False)]:
-            parts, i = [], 0
-            while i < len(word):
-                parts.append(ranks[-1] if word[i : i + 2] == best else word[i])
-                i += 1 + (word[i : i + 2] == best)
-            words[tuple(parts)] = words.pop(word)
+            for i in range(len(word) - 1):
+                pairs[word[i : i + 2]] += n
+        best = max(pairs, key=lambda pair: (pairs[pair], [ranks[ord(c)] for c in pair]))
+        words = {word.replace(best, chr(len(ranks))): n for word, n in words.items()}
+        ranks.append(b"".join(ranks[ord(c)] for c in best))
     return ranks
 
 
@@ -472,124 +425,84 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, di
     wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside
     each problem. train.kind.bin says of each token of train.bin which of KINDS it is.
     """
-    rng, held, folder = random.Random(seed), {}, Path(folder)
+    rng, held = random.Random(seed), {}
     while len(held) < 500:
         held.update([problem(rng)])
-    facts = list(towns(rng))
-
-    def fresh():
-        question, steps = problem(rng)
-        return fresh() if question in held else (question, steps)
+    facts = []
+    for _ in range(400):
+        town, river = ("".join(rng.choices(SYLLABLES, k=k)).capitalize() for k in (3, 2))
+        fill = {"town": town, "river": river, "year": rng.randint(1100, 1950)}
+        fill["craft"] = rng.choice(CRAFTS)
+        facts.append([fact.format(**fill) for fact in FACTS])
+    fresh = (p for p in iter(lambda: problem(rng), None) if p[0] not in held)
 
     def page():
         segments = [(" | ".join(rng.sample(MENU, 6)) + "\n", 4)]
         for _ in range(rng.randint(2, 4)):
-            segments += worked(rng, *fresh(), wrong=rng.random() < wrong)
+            segments += worked(rng, *next(fresh), wrong=rng.random() < wrong)
             segments += [dirt(rng, facts) for _ in range(dirty)]
         return segments
 
-    clean = [worked(rng, *fresh()) for _ in range(n_ref)]
+    clean = [worked(rng, *next(fresh)) for _ in range(n_ref)]
     target = [worked(rng, question, steps) for question, steps in held.items()]
     sample = clean[:1500] + [page() for _ in range(300)]
     ranks = train_bpe(["".join(text for text, _ in document) for document in sample], n_vocab)
     spec = {"name": "demo", "n_vocab": n_vocab, "eot": n_vocab - 1, "pat_str": PATTERN}
     spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
-    encoding = get_tokenizer(spec)
-
-    def tokenise(documents, amount):
-        tokens, kinds, count = [], [], 0
-        while len(tokens) < amount and (document := next(documents, None)):
-            count += 1
-            for text, kind in [("", 0), *document]:
-                ids = encoding.encode_ordinary(text) if text else [spec["eot"]]
-                tokens += ids
-                kinds += [kind] * len(ids)
-        return np.array(tokens, np.uint16), np.array(kinds, np.uint8), count
-
+    encoding, pages = get_tokenizer(spec), iter(page, None)
     meta = {"tokenizer": spec, "dtype": "uint16", "seed": seed, "kinds": KINDS, "sources": []}
     meta |= {"wrong": wrong, "dirty": dirty, "tokens": {}, "documents": {}}
-    pages = iter(page, None)
-    with workplace(folder) as work:
-        for name, documents, amount in (
-            ("ref", iter(clean), np.inf),
-            ("train", pages, n_train),
-            ("val", iter(target), np.inf),
-            ("val_corpus", pages, n_train // 40),
-        ):
-            tokens, kinds, meta["documents"][name] = tokenise(documents, amount)
-            tokens.tofile(work / f"{name}.bin")
-            meta["tokens"][name] = len(tokens)
+    streams = {"ref": clean, "train": pages, "val": target, "val_corpus": pages}
+    limits = {"train": n_train, "val_corpus": n_train // 40}
+    questions = ["".join(text for text, _ in document) for document in target]
+    with new_folder(folder, meta, questions) as work:
+        for name, documents in streams.items():
+            tokens, kinds, count = [], [], 0
+            for document in documents:
+                count += 1
+                for text, kind in [("<|endoftext|>", 0), *document]:
+                    ids = encoding.encode(text, allowed_special="all")
+                    tokens += ids
+                    kinds += [kind] * len(ids)
+                if len(tokens) >= limits.get(name, np.inf):
+                    break
+            np.array(tokens, np.uint16).tofile(work / f"{name}.bin")
+            meta["tokens"][name], meta["documents"][name] = len(tokens), count
             if name == "train":
-                kinds.tofile(work / "train.kind.bin")
-        questions = ("".join(text for text, _ in d).split("\nAnswer: ") for d in target)
-        rows = ({"question": q.removeprefix("Question: "), "answer": a} for q, a in questions)
-        (work / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        finish(work, folder, meta)
-
-
-# ---- the command line ----
-
-
-def prepare(args, command):
-    """Make the folder that the flags ask for, unless it is there. Raises InputError."""
-    folder, fields = Path(args.out), args.field.split(",")
-    paths = {"reference": args.reference, "corpus": args.corpus, "val": args.val}
-    sources = [new_source(role, path, fields) for role in paths for path in paths[role]]
-    asked = [new_source("questions", path, ["question", "answer"]) for path in args.questions]
-    for role, size, hub, config, fields, split in RECIPES.get(args.recipe, ()):
-        source = {"role": role, "name": hub, "fields": fields.split(","), "share": 1, "size": size}
-        source |= {"files": [hub], "hub": {"path": hub, "name": config, "split": split}}
-        (asked if role == "questions" else sources).append(source)
-    if not sources:
-        return prepare_demo(folder, args.seed)
-    if missing := {"reference", "corpus"} - {source["role"] for source in sources}:
-        raise InputError(f"--{missing.pop()} is missing: your own text needs both")
-    try:
-        old = load_meta(folder)
-    except InputError:
-        old = {}
-    meta = {"command": command, "sizes": [source["size"] for source in sources + asked]}
-    if not args.force and meta == {key: old.get(key) for key in meta}:
-        return print(f"{folder} is up to date; --force makes it again")
-    rows = [row for source in asked for _, _, row in read_source(source, args)]
-    questions = [{"question": question, "answer": answer} for question, answer in rows]
-    with workplace(folder) as work:
-        prepare_text(work, folder, sources, questions, args, meta)
-    print(f"{folder}: " + ", ".join(f"{name} {n:,} tokens" for name, n in meta["tokens"].items()))
+                np.array(kinds, np.uint8).tofile(work / "train.kind.bin")
 
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add, paths = parser.add_argument, {"nargs": "+", "metavar": "PATH", "default": []}
-    count = {"type": lambda n: int(f"{float(n):.0f}"), "metavar": "N"}  # 1e9 too; inf is refused
     add("--reference", **paths, help="clean text: the target")
     add("--corpus", **paths, help="the noisy text")
     add("--val", **paths, help="held-out target text; otherwise it is split off the reference")
-    add("--recipe", choices=RECIPES, help="the paper's sets from the hub instead of PATHs")
+    recipes = sorted({line.split()[0] for line in RECIPES.strip().split("\n")})
+    add("--recipe", choices=recipes, help="the paper's sets from the hub instead of PATHs")
     add("--out", help="folder to write (default: data/RECIPE, data/mine or data/demo)")
     add("--field", default="text", help="field of a row with the text, or QUESTION,ANSWER")
     add("--tokenizer", default="gpt2", help="name in tiktoken, or FOLDER/meta.json for the same")
-    add("--max_tokens", **count, help="stop the corpus here")
-    add("--max_ref_tokens", **count, help="stop the reference here")
-    add("--val_docs", **count, default=500, help="documents split off, at most a tenth")
+    add("--max_tokens", type=float, metavar="N", help="stop the corpus here; 1e9 is a number")
+    add("--val_docs", type=int, default=500, metavar="N", help="documents split off, at most")
     add("--questions", **paths, help=".jsonl with question, answer: kept out of all training text")
     add("--keep_contaminated", action="store_true", help="count documents with questions, no more")
     add("--skip_bad", action="store_true", help="skip and count rows that cannot be read")
-    add("--force", action="store_true", help="make it again although it is up to date")
-    add("--seed", type=int, default=1337, help="of the splits and of PATH:SHARE")
+    add("--seed", type=int, default=1337, help="of the splits, and of the demo")
     args = parser.parse_args(argv)
     args.out = args.out or "data/" + (args.recipe or ("mine" if args.corpus else "demo"))
-    argv = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--force"]
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        prepare(args, shlex.join(["python", "prepare_data.py", *argv]))
+        if sources := find_sources(args):
+            command = shlex.join(["python", "prepare_data.py", *argv])
+            prepare_text(args, sources, {"command": command})
+        else:
+            prepare_demo(args.out, args.seed)
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{error}\n")
     except OSError as error:  # a full disk, a file that is not there or may not be read
-        place = error.filename or f"--out {args.out}"
-        print(f"{place}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{error.filename or f'--out {args.out}'}: {error.strerror or error}\n")
 
 
 if __name__ == "__main__":

@@ -206,17 +206,7 @@ def test_fields_and_chats(text):
     assert "Question: What is 7 and 7?\nAnswer: 14" in read("out", "ref") + read("out", "val")
     for role, said in (("role", "content"), ("from", "value")):
         turns = [{role: "user", said: "Add 2 and 2."}, {role: "assistant", said: "That is 4."}]
-        assert prepare_data.row_texts({"m": turns}, ["m"]) == ["Add 2 and 2.\nThat is 4."]
-
-
-def test_share_of_a_path_and_its_complement(text):
-    flags, _, corpus = text
-    run(*flags[:3], "web.jsonl:0.3", out="some")
-    run(*flags[:3], "web.jsonl:-0.3", out="rest")
-    some = read("some", "train") + read("some", "val_corpus")
-    rest = read("rest", "train") + read("rest", "val_corpus")
-    assert 60 < len(some) < 120
-    assert sorted(some + rest) == sorted(corpus)
+        assert prepare_data.row_text({"m": turns}, ["m"]) == "Add 2 and 2.\nThat is 4."
 
 
 def test_sources_are_read_in_step(text):
@@ -234,7 +224,7 @@ def test_sources_are_read_in_step(text):
 def test_splits_are_disjoint_and_seeded(text):
     flags, *_ = text
     run(*flags, "--val_docs", 3)
-    assert len(read("out", "val")) == 3 and len(read("out", "val_corpus")) == 15  # 5 % of 300
+    assert len(read("out", "val")) == 3 and 15 < len(read("out", "val_corpus")) < 45
     for train, held in (("ref", "val"), ("train", "val_corpus")):
         assert not set(read("out", train)) & set(read("out", held))
     run(*flags, "--val_docs", 3, out="same")
@@ -277,11 +267,10 @@ def test_named_held_out_files(text):
 
 def test_max_tokens(text):
     flags, reference, _ = text
-    meta = run(*flags, "--max_tokens", "1e4", "--max_ref_tokens", 2000)
+    meta = run(*flags, "--max_tokens", "1e4", "--val_docs", 4)
     longest = max(map(len, text[1] + text[2])) + 1
     assert 10_000 <= meta["tokens"]["train"] < 10_000 + longest
-    assert 2000 <= meta["tokens"]["ref"] < 2000 + longest
-    assert meta["documents"]["val"] == 4
+    assert meta["documents"]["ref"] + meta["documents"]["val"] == len(reference)
 
 
 # ---- contamination ----
@@ -325,9 +314,9 @@ def test_near_misses_are_kept(text):
 
 
 def test_every_place_in_a_text_is_searched():
-    """The quick look at every seventh word must not miss an n-gram, wherever it begins."""
+    """An n-gram is found wherever it begins, in whatever it is hidden."""
     for question in (LONG, SHORT, "Why so?", "Why?"):
-        grams = prepare_data.question_grams([{"question": question}])
+        grams = prepare_data.question_grams([question])
         for before in range(30):
             for after in range(3):
                 hidden = f"{'w ' * before}{question}{' w' * after}"
@@ -345,7 +334,7 @@ def test_search_agrees_with_the_definition():
         n = min(13, len(question.split()))
         wanted = {tuple(question.split()[i : i + n]) for i in range(len(question.split()) - n + 1)}
         there = {tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)}
-        grams = prepare_data.question_grams([{"question": question}])
+        grams = prepare_data.question_grams([question])
         found = prepare_data.find_question(text.replace(" ", ", "), grams) is not None
         assert found == bool(wanted & there)
         hits += found
@@ -407,12 +396,12 @@ def test_math_recipe(monkeypatch):
     assert all(text.startswith("Question: ") for text in read("out", "ref"))
     assert any("openai/gsm8k train" in text for text in read("out", "ref"))
     assert not any("openai/gsm8k test" in text for text in read("out", "ref"))
-    assert [s["role"] for s in meta["sources"]] == ["reference"] * 3 + ["corpus"]
+    assert [s["role"] for s in meta["sources"]] == ["reference"] * 3 + ["corpus", "questions"]
 
 
 def test_general_recipe_mixes_6_3_1(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", Hub(rows=2000))
-    run("--recipe", "general", "--max_tokens", 300_000, "--max_ref_tokens", 20_000)
+    run("--recipe", "general", "--max_tokens", 300_000)
     counts = {"cerebras": 0, "bigcode": 0, "open-web-math": 0}
     for text in read("out", "train"):
         counts[text.split("/")[0]] += len(text)
@@ -507,7 +496,7 @@ def test_paths_that_hold_nothing(text, capsys):
 
 
 def test_unknown_flag_and_bad_numbers(text, capsys):
-    for flags in (["--bogus"], ["--seed", "x"], ["--recipe", "none"], ["--max_tokens", "inf"]):
+    for flags in (["--bogus"], ["--seed", "x"], ["--recipe", "none"], ["--max_tokens", "x"]):
         with pytest.raises(SystemExit) as stop:
             prepare_data.main(flags)
         assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
@@ -518,7 +507,7 @@ def test_no_flags_make_the_demo(monkeypatch):
     monkeypatch.setattr(prepare_data, "prepare_demo", lambda *given: made.append(given))
     prepare_data.main([])
     prepare_data.main(["--out", "mine", "--seed", "3"])
-    assert made == [(Path("data/demo"), 1337), (Path("mine"), 3)]
+    assert made == [("data/demo", 1337), ("mine", 3)]
 
 
 def test_help_explains_every_flag(capsys):
@@ -589,7 +578,7 @@ def test_failure_leaves_an_earlier_preparation_whole(text, capsys):
 
 def test_interrupted_run_leaves_nothing_and_the_next_starts_cleanly(text, monkeypatch):
     flags, *_ = text
-    plain, seen = prepare_data.row_texts, []
+    plain, seen = prepare_data.row_text, []
 
     def interrupted(row, fields):
         seen.append(row)
@@ -597,11 +586,11 @@ def test_interrupted_run_leaves_nothing_and_the_next_starts_cleanly(text, monkey
             raise KeyboardInterrupt
         return plain(row, fields)
 
-    monkeypatch.setattr(prepare_data, "row_texts", interrupted)
+    monkeypatch.setattr(prepare_data, "row_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
     assert not Path("out").exists() and not Path("out.tmp").exists()
-    monkeypatch.setattr(prepare_data, "row_texts", plain)
+    monkeypatch.setattr(prepare_data, "row_text", plain)
     Path("out.tmp").mkdir()  # as a run that was killed leaves it
     Path("out.tmp/train.kind.bin").write_text("stale")
     assert "train.kind.bin" not in run(*flags)["files"]
@@ -625,20 +614,6 @@ def test_killed_while_renaming_is_not_a_prepared_folder(text, monkeypatch):
         load_meta("out")
     monkeypatch.setattr(os, "replace", plain)
     run(*flags, "--seed", 2)
-
-
-def test_up_to_date_is_not_made_again(text, capsys):
-    flags, reference, _ = text
-    run(*flags)
-    stamp = Path("out/train.bin").stat().st_mtime_ns
-    run(*flags)
-    assert "up to date" in capsys.readouterr().out
-    assert Path("out/train.bin").stat().st_mtime_ns == stamp
-    write_jsonl("ref.jsonl", reference[:-1])
-    assert run(*flags)["sources"][0]["rows"] == 39
-    stamp = Path("out/train.bin").stat().st_mtime_ns
-    run(*flags, "--force")
-    assert Path("out/train.bin").stat().st_mtime_ns != stamp
 
 
 def test_another_preparation_leaves_nothing_of_the_one_before(text):
@@ -700,5 +675,5 @@ def test_memory_does_not_grow_with_the_corpus(text):
         shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
         return int(shown.split("peak")[1]) / 1000  # MB
 
-    small, large = peak(3), peak(30)
+    small, large = peak(3), peak(20)
     assert large - small < 15, (small, large)
