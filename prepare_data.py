@@ -379,9 +379,9 @@ def worked(rng, question, steps, wrong=False):
         result = APPLY[operation](value, b)
         text += f" {value}{operation}{b}=<<{value}{operation}{b}="
         if i == bad:  # off by one or ten, another operation, digits swapped, or a guess
-            slips = [result + rng.choice((-1, 1)), result + rng.choice((-10, 10))]
-            slips += [APPLY["-" if operation == "+" else "+"](value, b), int(str(result)[::-1])]
-            slips += [rng.randint(1, 99)]
+            other = APPLY["-" if operation == "+" else "+"](value, b)
+            slips = [result + rng.choice((-1, 1)), result + rng.choice((-10, 10)), other]
+            slips += [int(str(abs(result))[::-1]), rng.randint(1, 99)]
             segments, text, kind = [(text, 0)], "", 1
             result = rng.choice([slip for slip in slips if slip > 0 and slip != result])
         text, value = f"{text}{result}>>{result}.", result
