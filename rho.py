@@ -50,7 +50,7 @@ RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
 CHOICES = {"stage": ("ref", "score", "clm", "slm", "all"), "select": RULES}
 CHOICES["optimizer"] = ("muon", "adamw")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
-AT_ONCE = {"cpu": 2**23}
+AT_ONCE = {True: 2**23, False: 2**29}  # logits worked on together, on a processor or not
 SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
 PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
@@ -84,7 +84,7 @@ class Config:
     batch_size: int = 16  # windows in one optimizer step, over all devices
     micro_batch: int = 16  # windows that a device holds at once; the rest is accumulated
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
-    lr: float = 1.5e-3  # chosen for clm (results/lr), used by all arms
+    lr: float = 1.5e-3  # chosen for clm (results/lr.jsonl), used by all
     lr_end: float = 0.1  # last learning rate, as a share of lr (cosine)
     warmup: float = 0.02  # share of the steps that warm up
     weight_decay: float = 0.1
@@ -143,10 +143,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("select_tokens takes a ratio or a threshold, one of them")
-    if valid is None:
-        valid, n = torch.ones_like(score, dtype=torch.bool), score.numel()
-    else:
-        n = int(valid.sum())
+    n = score.numel() if valid is None else int(valid.sum())
+    valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid
     if threshold is not None:
         return (score > threshold) & valid
     score = score.masked_fill(~valid, -torch.inf).flatten()  # (B * T)
@@ -168,15 +166,14 @@ class HeadLoss(torch.autograd.Function):
     The definition above would carry a gradient of (B * T, V) logits that is mostly zero. Here the
     log-probabilities of all tokens are kept just until the selection is known; then the gradient,
     softmax minus one-hot, is formed for the k selected rows and at once multiplied out.
-    apply: hidden (N, C), weight (V, C), targets (N,), choose(student_loss) -> mask (N,)
-    returns the sum (with gradient), student_loss (N,) and mask (N,) (without). Matrix products are
-    in the type of `hidden`, losses in float32.
+    apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask) gives the sum
+    (with gradient), student_loss (N,) float32 and mask (N,); products are in hidden's type.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, choose):
         N, V, head = len(hidden), len(weight), weight.to(hidden.dtype)
-        rows = rows_at_once(hidden.device, V)
+        rows = max(1, AT_ONCE[hidden.is_cpu] // V)
         logp = torch.empty(N, V, device=hidden.device)  # (N, V)
         for h, out in zip(hidden.split(rows), logp.split(rows), strict=True):
             torch.log_softmax((h @ head.T).float(), -1, out=out)
@@ -199,19 +196,14 @@ class HeadLoss(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * scale, None, None
 
 
-def rows_at_once(device, V):
-    """Rows of logits worked on together: on a processor, as many as its cache holds."""
-    return max(1, AT_ONCE.get(device.type, 2**29) // V)
-
-
 # ==== windows and batches =========================================================================
 
 
 class Windows:
     """A token file cut into fixed windows: window w predicts tokens w * T + 1 ... w * T + T.
 
-    Every token is a target in one window only, so it has one reference loss. Index with an array
-    of B window numbers for inputs and targets, both (B, T) int64.
+    So every token is a target once and has one reference loss. Indexed with B window numbers it
+    gives inputs and targets, both (B, T) int64.
     """
 
     def __init__(self, cfg, meta, split):
@@ -276,8 +268,8 @@ class Run:
             tqdm.write(text)
 
     def bar(self, **kwargs):
-        hide = self.rank > 0 or None  # None: hidden where there is no terminal
-        return tqdm(unit="tok", unit_scale=True, dynamic_ncols=True, disable=hide, **kwargs)
+        kwargs |= {"disable": self.rank > 0 or None}  # None: hidden where there is no terminal
+        return tqdm(unit="tok", unit_scale=True, dynamic_ncols=True, **kwargs)
 
 
 def open_model(path, cfg, run, mend):
@@ -289,8 +281,7 @@ def open_model(path, cfg, run, mend):
     if checkpoint.get("tokenizer", spec) != spec or model.config.vocab_size < spec["n_vocab"]:
         raise InputError(f"{path} and {cfg.data} differ in tokenizer or vocabulary. {mend}")
     if cfg.block_size > model.config.block_size:
-        longest = f"the {model.config.block_size} that {path} was made for"
-        raise InputError(f"--block_size {cfg.block_size} is longer than {longest}")
+        raise InputError(f"--block_size {cfg.block_size} is longer than {path} was made for")
     return model.to(run.device), checkpoint
 
 
@@ -321,7 +312,7 @@ def fingerprint(model, data_sha256, block_size):
 def score_batch(model, x, y, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
     hidden = model(x).flatten(0, 1)  # (B * T, C)
-    rows = rows_at_once(x.device, model.config.vocab_size)
+    rows = max(1, AT_ONCE[x.is_cpu] // model.config.vocab_size)
     losses, entropies = [], []
     for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
         logits = model.head(h).float()  # (rows, V)
@@ -346,7 +337,6 @@ def score_corpus(cfg, run, windows):
     for name in ("ref_loss", "ref_entropy")[: 1 + entropy]:
         path = folder / f"{name}.f16"
         if run.rank == 0 and not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as f:
                 for _ in range(windows.n):
                     f.write(np.full(windows.T, np.nan, np.float16).tobytes())
@@ -374,9 +364,8 @@ def score_corpus(cfg, run, windows):
 
 def make_optimizers(cfg, model):
     """Muon for the matrices inside the layers and AdamW for the rest, or AdamW for everything."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    inside = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    inside = {p: p.dim() == 2 and k.startswith("layers") for k, p in model.named_parameters()}
+    matrices, rest = ([p for p in inside if inside[p] == where] for where in (True, False))
     adamw = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if cfg.optimizer == "adamw":
         decayed = {"params": matrices, "weight_decay": cfg.weight_decay}
@@ -388,10 +377,9 @@ def make_optimizers(cfg, model):
 def learning_rate(cfg, step, steps):
     """Linear warm-up, then half a cosine down to lr * lr_end."""
     warm = max(1, round(cfg.warmup * steps))
-    if step < warm:
-        return cfg.lr * (step + 1) / warm
     cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
+    share = (step + 1) / warm if step < warm else cfg.lr_end + (1 - cfg.lr_end) * cosine
+    return cfg.lr * share
 
 
 def train(cfg, run, name, split):
@@ -416,8 +404,8 @@ def train(cfg, run, name, split):
     steps, step_tokens = cfg.steps, cfg.batch_size * cfg.block_size
     state = {"step": 0, "steps": steps, "seconds": 0.0, "trained": 0, "records": []}
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    first = {"run": name, "config": asdict(cfg), "params": model.num_params(), "commit": commit}
+    first = {"run": name, "config": asdict(cfg), "params": model.num_params()}
+    first |= {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
     first |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
     state["records"].append(first | {"device": str(run.device), "world": run.world})
     recipe = {k: v for k, v in asdict(cfg).items() if k not in PLACES} | run.meta["files"]
@@ -486,10 +474,9 @@ def train(cfg, run, name, split):
             record |= {"grad_norm": norm.item()}
             if run.rank == 0:
                 state["records"].append(record | evaluate(cfg, run, model, held_out))
-                config, tokenizer = asdict(model.config), run.meta["tokenizer"]
-                moments = [o.state_dict() for o in optimizers]
-                saved = {"model": model.state_dict(), "model_config": config, "recipe": recipe}
-                saved |= {"tokenizer": tokenizer, "optimizers": moments} | state
+                saved = {"model": model.state_dict(), "model_config": asdict(model.config)}
+                saved |= {"recipe": recipe, "tokenizer": run.meta["tokenizer"]}
+                saved |= {"optimizers": [o.state_dict() for o in optimizers]} | state
                 with whole_file(path) as f:
                     torch.save(saved, f)
                 with whole_file(path.with_suffix(".jsonl")) as f:
@@ -504,14 +491,8 @@ def train(cfg, run, name, split):
     return state["records"]
 
 
-# ==== evaluation ==================================================================================
-
-
 def evaluate(cfg, run, model, held_out):
-    """What arms are compared on: held-out loss, and answers where the data has questions.
-
-    The loss is the mean in nats over the first eval_windows windows, all their tokens counted.
-    """
+    """What arms are compared on: held-out loss (mean over all tokens, nats), and right answers."""
     started, record = time.time(), {}
     model.eval()
     for name, windows in held_out.items():
@@ -538,12 +519,11 @@ def train_arm(cfg, run, stage):
     """Train what a stage stands for, with the flags that it does not use set aside."""
     if stage in ("ref", "clm"):  # every token: the rule does not matter
         cfg = replace(cfg, select="loss", ratio=1.0, threshold=None)
+    rule = f"-{cfg.select}" if stage == "slm" and cfg.select != "excess" else ""
+    name, split = cfg.name or f"{stage}{rule}", "ref" if stage == "ref" else "train"
     tokens = cfg.ref_tokens if stage == "ref" else cfg.tokens
     ratio = cfg.ratio if cfg.threshold is None else None
-    rule = f"-{cfg.select}" if stage == "slm" and cfg.select != "excess" else ""
-    name = cfg.name or f"{stage}{rule}"
-    cfg = replace(cfg, stage=stage, tokens=tokens, ref_tokens=0, ratio=ratio)
-    return train(cfg, run, name, "ref" if stage == "ref" else "train")
+    return train(replace(cfg, tokens=tokens, ref_tokens=0, ratio=ratio), run, name, split)
 
 
 def run_stage(cfg):
@@ -555,8 +535,6 @@ def run_stage(cfg):
     if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
         prepare_demo(cfg.data)
     run = Run(cfg)
-    if cfg.select == "oracle" and not (Path(cfg.data) / "train.kind.bin").exists():
-        raise InputError(f"--select oracle: {cfg.data} has no train.kind.bin, only the demo has")
     if cfg.stage == "score":
         score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
         run.say(f"scores: {cfg.out}/scores")

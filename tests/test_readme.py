@@ -54,7 +54,7 @@ def test_flags_that_are_named_exist(script):
 
 
 def test_published_runs_are_comparable():
-    """One set of runs: same seed, data, model, optimizer, schedule, tokens; only the rule differs."""
+    """Same seed, data, model, optimizer, schedule and tokens in all arms; only the rule differs."""
     for name in ("demo", "real"):
         logs = figures.read_logs(ROOT / "results" / name)
         arms = {run: records[0]["config"] for run, records in logs.items() if run != "ref"}
