@@ -32,6 +32,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
@@ -50,7 +52,8 @@ RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
 CHOICES = {"stage": ("ref", "score", "clm", "slm", "all"), "select": RULES}
 CHOICES["optimizer"] = ("muon", "adamw")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
-AT_ONCE = {True: 2**23, False: 2**29}  # logits worked on together, on a processor or not
+BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on a processor or not
+KEEP = 2**28  # logits that may stay in memory from the forward pass to the gradient
 SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
 PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
 
@@ -163,37 +166,47 @@ def selective_loss(student_loss, mask):
 class HeadLoss(torch.autograd.Function):
     """Sum of the selected tokens' loss, with gradient through the head for those tokens only.
 
-    The definition above would carry a gradient of (B * T, V) logits that is mostly zero. Here the
-    log-probabilities of all tokens are kept just until the selection is known; then the gradient,
-    softmax minus one-hot, is formed for the k selected rows and at once multiplied out.
-    apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask) gives the sum
-    (with gradient), student_loss (N,) float32 and mask (N,); products are in hidden's type.
+    The definition above would hold (B * T, V) logits and their gradient, mostly zero. Here they are
+    worked on in blocks of the vocabulary. A first pass over all tokens finds the log-sum-exp, hence
+    the losses, hence the selection; a second, over the k selected rows, forms softmax and at once
+    multiplies it out. Logits are kept between the two where they fit (KEEP), else computed again.
+    apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask, k=None) gives
+    the sum (with gradient), student_loss (N,) float32 and mask (N,); matrix products are in
+    hidden's type. Give k, the number that `choose` selects, and a GPU need not wait to hear it.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, choose):
-        N, V, head = len(hidden), len(weight), weight.to(hidden.dtype)
-        rows = max(1, AT_ONCE[hidden.is_cpu] // V)
-        logp = torch.empty(N, V, device=hidden.device)  # (N, V)
-        for h, out in zip(hidden.split(rows), logp.split(rows), strict=True):
-            torch.log_softmax((h @ head.T).float(), -1, out=out)
-        student_loss = -logp.gather(1, targets[:, None])[:, 0]  # (N,)
+    def forward(ctx, hidden, weight, targets, choose, k=None):
+        N, head, kept = len(hidden), weight.to(hidden.dtype), []
+        blocks = head.split(max(1, BLOCK[hidden.is_cpu] // N))
+        total = torch.full((N, 1), -torch.inf, device=hidden.device)  # log-sum-exp of the logits
+        for part in blocks:
+            kept.append(hidden @ part.T)  # (N, v)
+            total = torch.logaddexp(total, kept[-1].float().logsumexp(-1, keepdim=True))
+            kept[-1] = kept[-1] if N * len(head) <= KEEP else None
+        student_loss = total[:, 0] - (hidden.float() * head[targets]).sum(-1)  # (N,)
         mask = choose(student_loss)  # (N,)
-        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)  # (N, C), (V, C)
-        for kept in mask.nonzero()[:, 0].split(rows):
-            grad = logp[kept].exp_()  # (rows, V): softmax, and after the next line minus one-hot
-            grad[torch.arange(len(kept), device=kept.device), targets[kept]] -= 1
-            grad = grad.to(hidden.dtype)
-            grad_hidden[kept] = grad @ head
-            grad_head.addmm_(grad.T, hidden[kept])
-        ctx.save_for_backward(grad_hidden, grad_head.to(weight.dtype))
+        rows = slice(None)  # all of them: no need to gather
+        if k != N:
+            rows = (mask.nonzero() if k is None else mask.nonzero_static(size=k))[:, 0]  # (k,)
+        h, total, targets = hidden[rows], total[rows], targets[rows]
+        grad_h, grad_weight = -head[targets].float(), torch.empty_like(weight)  # minus one-hot
+        for part, logits, grad in zip(blocks, kept, grad_weight.split(len(blocks[0])), strict=True):
+            logits = h @ part.T if logits is None else logits[rows]  # (k, v)
+            softmax = (logits - total).exp_().to(h.dtype)  # (k, v)
+            grad_h += softmax @ part
+            grad[:] = softmax.T @ h
+        grad_weight.index_add_(0, targets, h.to(weight.dtype), alpha=-1)  # minus one-hot
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[rows] = grad_h.to(h.dtype)
+        ctx.gradients = grad_hidden, grad_weight
         ctx.mark_non_differentiable(student_loss, mask)
         return (student_loss * mask).sum(), student_loss, mask
 
     @staticmethod
     def backward(ctx, scale, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale, grad_weight * scale, None, None
+        grad_hidden, grad_weight = ctx.gradients
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
 # ==== windows and batches =========================================================================
@@ -248,12 +261,21 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.meta = load_meta(cfg.data)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
+            prepare_demo(cfg.data)
+        self.barrier()
+        self.meta = load_meta(cfg.data)
 
     def precision(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def put(self, *tensors):
+        """On the device; from pinned memory the copy runs while the device works on."""
+        if self.device.type == "cuda":
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.device, non_blocking=True) for t in tensors]
 
     def reduce(self, *tensors):
         for tensor in tensors if self.world > 1 else ():
@@ -312,7 +334,7 @@ def fingerprint(model, data_sha256, block_size):
 def score_batch(model, x, y, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
     hidden = model(x).flatten(0, 1)  # (B * T, C)
-    rows = max(1, AT_ONCE[x.is_cpu] // model.config.vocab_size)
+    rows = max(1, BLOCK[x.is_cpu] // model.config.vocab_size)
     losses, entropies = [], []
     for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
         logits = model.head(h).float()  # (rows, V)
@@ -348,7 +370,7 @@ def score_corpus(cfg, run, windows):
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")
     for w in parts[run.rank :: run.world]:
-        x, y = (t.to(run.device) for t in windows[w])
+        x, y = run.put(*windows[w])
         with run.precision():
             found = score_batch(reference, x, y, entropy)
         for stored, values in zip(scores.values(), found, strict=True):
@@ -366,7 +388,7 @@ def make_optimizers(cfg, model):
     """Muon for the matrices inside the layers and AdamW for the rest, or AdamW for everything."""
     inside = {p: p.dim() == 2 and k.startswith("layers") for k, p in model.named_parameters()}
     matrices, rest = ([p for p in inside if inside[p] == where] for where in (True, False))
-    adamw = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    adamw = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     if cfg.optimizer == "adamw":
         decayed = {"params": matrices, "weight_decay": cfg.weight_decay}
         return [torch.optim.AdamW([decayed, {"params": rest}], **adamw)]
@@ -423,7 +445,8 @@ def train(cfg, run, name, split):
         return state["records"]
 
     compiled = cfg.compile if cfg.compile is not None else run.device.type == "cuda"
-    trunk = torch.compile(model) if compiled else model
+    trunk = DistributedDataParallel(model) if run.world > 1 else model
+    trunk = torch.compile(trunk) if compiled else trunk
     generator = torch.Generator(run.device)
     looks = {round(steps * (i + 1) / cfg.evals) for i in range(cfg.evals)} | {steps}
     sums = torch.zeros(3, device=run.device)  # loss of selected tokens, of all, number selected
@@ -435,25 +458,28 @@ def train(cfg, run, name, split):
         n_selected = torch.zeros((), device=run.device)
         for i in range(0, len(here), cfg.micro_batch):
             w = here[i : i + cfg.micro_batch]
-            x, y = (t.to(run.device) for t in windows[w])  # (B, T)
+            x, y = run.put(*windows[w])  # (B, T)
             generator.manual_seed(hash((cfg.seed, step, i, run.rank)) % 2**62)
-            known = {k: torch.from_numpy(s[w].astype(np.float32)) for k, s in scores.items()}
-            known = {k: s.to(run.device).flatten() for k, s in known.items()}  # (B * T,)
+            known = [torch.from_numpy(s[w]).flatten() for s in scores.values()]  # (B * T,)
+            known = {name: s.float() for name, s in zip(scores, run.put(*known), strict=True)}
 
             def choose(student_loss, known=known):
                 score = score_tokens(cfg.select, student_loss, **known, generator=generator)
                 return select_tokens(score, cfg.ratio, cfg.threshold)
 
-            with run.precision():
-                hidden = trunk(x).flatten(0, 1).to(run.dtype)  # (B * T, C)
-            weight = model.lm_head.weight  # (V, C)
-            loss, student_loss, mask = HeadLoss.apply(hidden, weight, y.flatten(), choose)
-            loss.backward()  # of the sum: how many it is a mean over is known at the step's end
+            k = round(cfg.ratio * y.numel()) if cfg.threshold is None else None
+            last = i + cfg.micro_batch >= len(here)
+            with nullcontext() if last or run.world == 1 else trunk.no_sync():
+                with run.precision():
+                    hidden = trunk(x).flatten(0, 1).to(run.dtype)  # (B * T, C)
+                head = model.lm_head.weight  # (V, C)
+                loss, student_loss, mask = HeadLoss.apply(hidden, head, y.flatten(), choose, k)
+                loss.backward()  # of the sum: how many it is a mean over, the step's end knows
             n_selected += mask.sum()
             sums += torch.stack((loss.detach(), student_loss.sum(), mask.sum().float()))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        run.reduce(*gradients, n_selected)
-        torch._foreach_div_(gradients, n_selected.clamp(min=1))
+        run.reduce(n_selected)
+        torch._foreach_mul_(gradients, run.world / n_selected.clamp(min=1))  # undo DDP's mean
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -463,14 +489,15 @@ def train(cfg, run, name, split):
         bar.update(step_tokens)
         if step + 1 in looks:
             run.reduce(sums)
-            (chosen, everything, k), n = sums.tolist(), (step + 1 - state["step"]) * step_tokens
-            sums.zero_()
-            state["step"], state["trained"] = step + 1, state["trained"] + round(k)
+            (chosen, everything, n_chosen), sums = sums.tolist(), torch.zeros_like(sums)
+            n = (step + 1 - state["step"]) * step_tokens
+            state["step"], state["trained"] = step + 1, state["trained"] + round(n_chosen)
             state["seconds"] += time.time() - started
             record = {"step": step + 1, "tokens": (step + 1) * step_tokens, "lr": lr}
             record |= {"trained": state["trained"], "seconds": round(state["seconds"], 2)}
-            record |= {"student_loss": everything / n, "selected_loss": chosen / max(1, k)}
-            record |= {"unselected_loss": (everything - chosen) / (n - k) if n > k else None}
+            record |= {"student_loss": everything / n, "selected_loss": chosen / max(1, n_chosen)}
+            unselected = (everything - chosen) / (n - n_chosen) if n > n_chosen else None
+            record |= {"unselected_loss": unselected}
             record |= {"grad_norm": norm.item()}
             if run.rank == 0:
                 state["records"].append(record | evaluate(cfg, run, model, held_out))
@@ -498,7 +525,7 @@ def evaluate(cfg, run, model, held_out):
     for name, windows in held_out.items():
         total, n = 0.0, min(cfg.eval_windows, windows.n)
         for w in np.array_split(np.arange(n), -(-n // cfg.micro_batch)):
-            x, y = (t.to(run.device) for t in windows[w])  # (B, T)
+            x, y = run.put(*windows[w])  # (B, T)
             with run.precision():
                 total += score_batch(model, x, y)[0].sum().item()
         record[name] = total / (n * windows.T)
@@ -532,9 +559,9 @@ def run_stage(cfg):
     for flag, value in asdict(cfg).items():
         if type(value) is int and value < 1 and flag not in ("seed", "questions"):
             raise InputError(f"--{flag} {value}: must be at least 1")
-    if cfg.data == Config.data and not (Path(cfg.data) / "meta.json").exists():
-        prepare_demo(cfg.data)
     run = Run(cfg)
+    if cfg.batch_size % run.world:
+        raise InputError(f"--batch_size {cfg.batch_size}: not a multiple of {run.world} processes")
     if cfg.stage == "score":
         score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
         run.say(f"scores: {cfg.out}/scores")
@@ -563,6 +590,11 @@ def main(argv=None):
         run_stage(Config(**vars(parser.parse_args(argv))))
     except (InputError, ModelError) as error:
         parser.exit(2, f"rho.py: {error}\n")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        line = str(error).splitlines()[0]
+        parser.exit(2, f"rho.py: another process of this job has stopped ({line})\n")
     except OSError as error:  # a full disk, a folder that may not be written
         parser.exit(2, f"rho.py: {error.filename or 'writing'}: {error.strerror}\n")
 

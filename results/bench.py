@@ -1,29 +1,37 @@
 """Ratios of this code to the plain way, both sides measured in one run, interleaved; medians.
 
-    python results/bench.py            all of them, about ten minutes on two quiet cores
+    python results/bench.py            all of them, about twenty minutes on two quiet cores
     python results/bench.py step       only those whose name begins so
 
-Writes results/bench.jsonl, one record a ratio: its median, its spread over the repetitions, and the
-machine. These machines are noisy: a ratio within one run means something, a time does not.
+Writes results/bench.jsonl, one record a ratio (its median, its spread over the repetitions, and the
+machine), and results/growth.jsonl. These machines are noisy: a ratio within one run means
+something, a time does not.
 """
 
+import contextlib
+import io
 import json
+import os
 import platform
+import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import prepare_data  # noqa: E402
 import rho  # noqa: E402
-from model import GPT, GPTConfig, generate  # noqa: E402
+from model import GPT, GPTConfig, generate, save_hf  # noqa: E402
 
 SHAPES = {  # n_layer, n_embd, n_head, T, V, batch
     "demo": (4, 128, 4, 128, 768, 16),
@@ -55,14 +63,16 @@ def make(shape):
     return GPT(config), x, y
 
 
-def step_ratios(shape, repeat):
-    """Forward and backward: ours CLM and SLM, plain CLM, and SLM with the reference run online."""
+def contenders(shape):
+    """One step's forward and backward, by name; and the loss layer alone, by name."""
     model, x, y = make(shape)
     reference = make(shape)[0].eval()
     ref_loss = torch.rand(y.numel()) * 10
+    weight = model.lm_head.weight
 
-    def plain():
-        loss = F.cross_entropy(model.head(model(x)).flatten(0, 1), y.flatten())
+    def plain():  # as nanoGPT: the logits are returned, hence alive until the step ends
+        logits = model.head(model(x))
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         loss.backward()
         model.zero_grad()
 
@@ -74,21 +84,98 @@ def step_ratios(shape, repeat):
         rho.selective_loss(student_loss, mask).backward()
         model.zero_grad()
 
-    def ours(ratio):
+    def layer(hidden, ratio):
         def choose(student_loss):
             return rho.select_tokens(rho.score_tokens("excess", student_loss, ref_loss), ratio)
 
-        def step():
-            hidden = model(x).flatten(0, 1)
-            loss, _, mask = rho.HeadLoss.apply(hidden, model.lm_head.weight, y.flatten(), choose)
-            (loss / mask.sum()).backward()
-            model.zero_grad()
+        k = round(ratio * y.numel())
+        loss, _, _ = rho.HeadLoss.apply(hidden, weight, y.flatten(), choose, k)
+        (loss / k).backward()
 
-        return step
+    def ours(ratio):
+        layer(model(x).flatten(0, 1), ratio)
+        model.zero_grad()
 
-    yield f"step_slm_over_plain {shape}", interleaved(ours(0.6), plain, repeat)
-    yield f"step_slm_over_online_ref {shape}", interleaved(ours(0.6), online, repeat)
-    yield f"step_clm_over_plain {shape}", interleaved(ours(1.0), plain, repeat)
+    hidden = model(x).detach().flatten(0, 1).requires_grad_()
+
+    def plain_layer():
+        logits = hidden @ weight.T
+        F.cross_entropy(logits, y.flatten()).backward()
+        hidden.grad = weight.grad = None
+
+    def our_layer(keep):
+        rho.KEEP, before = keep, rho.KEEP
+        layer(hidden, 0.6)
+        rho.KEEP = before
+        hidden.grad = weight.grad = None
+
+    steps = {"plain": plain, "online": online, "slm": lambda: ours(0.6), "clm": lambda: ours(1.0)}
+    kept, again = lambda: our_layer(2**40), lambda: our_layer(0)
+    return model, steps, {"plain": plain_layer, "kept": kept, "again": again}
+
+
+def step_ratios(shape, repeat):
+    """Forward and backward: ours CLM and SLM, plain CLM, and SLM with the reference run online."""
+    _, f, _ = contenders(shape)
+    yield f"step_slm_over_plain {shape}", interleaved(f["slm"], f["plain"], repeat)
+    yield f"step_slm_over_online_ref {shape}", interleaved(f["slm"], f["online"], repeat)
+    yield f"step_clm_over_plain {shape}", interleaved(f["clm"], f["plain"], repeat)
+
+
+def peak_bytes(f):
+    """Most bytes that f holds at once, beyond what was there, by torch's own count."""
+    f()
+    with profile(profile_memory=True) as p, tempfile.NamedTemporaryFile(suffix=".json") as out:
+        f()
+    p.export_chrome_trace(out.name)
+    events = json.loads(Path(out.name).read_text())["traceEvents"]
+    Path(out.name).unlink()
+    held = [e for e in events if e["name"] == "[memory]"]
+    held = [(e["ts"], e["args"]["Total Allocated"], e["args"]["Bytes"]) for e in held]
+    (_, first, change), *_ = held = sorted(held)
+    return max(total for _, total, _ in held) - (first - change)
+
+
+def loss_ratios():
+    """The loss layer: peak memory, and time, of both forms over the plain one's."""
+    _, _, f = contenders("6x384")
+    plain = peak_bytes(f["plain"])
+    for form, name in (("kept", ""), ("again", "_recomputing")):
+        ratio = peak_bytes(f[form]) / plain
+        yield f"loss_memory{name}_over_plain 6x384", (ratio, ratio, ratio)
+        yield f"loss_time{name}_over_plain 6x384", interleaved(f[form], f["plain"], 7)
+
+
+def peak_ratios():
+    """Matrix products of our SLM step per second over what this machine does at best; shares."""
+    model, f, _ = contenders("6x384")
+    n_layer, C, _, T, V, B = SHAPES["6x384"]
+    inside = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    attention = 2 * n_layer * C * T / 2  # multiplications per token, causal: half
+    forward, gradient = inside + attention + V * C, 2 * (inside + attention + 0.6 * V * C)
+    operations = 2 * B * T * (forward + gradient)
+    a = torch.randn(2048, 2048)
+
+    def product():
+        for _ in range(4):
+            a @ a
+
+    ratio, low, high = interleaved(f["slm"], product, 7)
+    at_best = operations / (8 * 2048**3)  # time of the step's products at the peak rate
+    yield "fraction_of_peak", (at_best / ratio, at_best / high, at_best / low)
+    with profile() as p:
+        f["slm"]()
+    kinds = {"matrix products": ("mm",), "attention": ("attention",)}
+    kinds |= {"exp, log-sum-exp": ("exp", "logsumexp", "log"), "gather": ("index",)}
+    rest = "norms, SwiGLU, rotary, copies"
+    spent = dict.fromkeys([*kinds, rest], 0.0)
+    for e in p.key_averages():
+        name = e.key.removeprefix("aten::")
+        kind = next((k for k, parts in kinds.items() if any(part in name for part in parts)), rest)
+        spent[kind] += e.self_cpu_time_total
+    for kind, time_spent in spent.items():
+        share = time_spent / sum(spent.values())
+        yield f"share of the SLM step: {kind}", (share, share, share)
 
 
 def score_ratios():
@@ -103,7 +190,7 @@ def score_ratios():
 
 
 def generate_ratios():
-    """Rates, ours over the other: greedy, batch 32, 128 new tokens, 64-token prompts."""
+    """Rates, ours over the other's: greedy, 64-token prompts, 128 new tokens."""
     model = make("6x384")[0].eval()
     prompts = torch.randint(50304, (32, 64)).tolist()
     cached = lambda: generate(model, prompts, 128)  # noqa: E731
@@ -112,12 +199,35 @@ def generate_ratios():
     yield "generate_rate_over_uncached", (1 / ratio, 1 / high, 1 / low)
 
 
+def transformers_ratios():
+    """The same against transformers' generate on the same weights, which must say the same."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = make("6x384")[0].eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+    for size in (32, 128):
+        prompts = torch.randint(50304, (size, 64))
+        how = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        how |= {"attention_mask": torch.ones_like(prompts)}
+        said = []
+
+        def ours(prompts=prompts, said=said):
+            said.append(generate(model, prompts.tolist(), 128))
+
+        def other(prompts=prompts, how=how, said=said):
+            said.append(theirs.generate(prompts, **how)[:, 64:].tolist())
+
+        ratio, low, high = interleaved(ours, other, 3)
+        assert all(words == said[0] for words in said), "not the same tokens"
+        yield f"generate_rate_over_transformers {size} rows", (1 / ratio, 1 / high, 1 / low)
+
+
 def tokenise_ratios():
     """Rates: prepare_data's stream from text to disk over a bare encode_ordinary_batch."""
-    import os
-    import random
-    import tempfile
-
     spec = {"name": "gpt2"}
     try:
         encoding = prepare_data.get_tokenizer(spec)
@@ -140,6 +250,52 @@ def tokenise_ratios():
     yield "tokenise_rate_over_tiktoken", (1 / ratio, 1 / high, 1 / low)
 
 
+GROWTH = {  # one at a time from the first of each; corpus in tokens
+    "width": (128, 256, 512, 1024),
+    "context": (128, 256, 512, 1024),
+    "vocabulary": (1024, 8192, 50304, 131072),
+    "corpus": (10**6, 10**7, 10**8, 10**9),
+}
+
+
+def grow(width, context, vocabulary, corpus):
+    """In a process of its own: tokens/s, and peak memory, of --stage slm on synthetic text."""
+    import resource
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, out, dtype = Path(folder), Path(folder, "out"), np.dtype("<u4")
+        meta = {"dtype": "uint32", "tokenizer": {"name": "none", "n_vocab": vocabulary}}
+        meta["tokens"] = {"train": corpus, "ref": 2 * context, "val": 2 * context}
+        meta["tokens"]["val_corpus"] = 2 * context
+        for name, n in meta["tokens"].items():
+            with open(data / f"{name}.bin", "wb") as f:
+                f.truncate(n * dtype.itemsize)  # zeros, which take no space
+        meta["files"] = {"train.bin": "zeros"}
+        (data / "meta.json").write_text(json.dumps(meta))
+        shape = {"n_embd": width, "n_inner": 3 * width, "block_size": context, "n_layer": 4}
+        batch = {"batch_size": 2048 // context, "micro_batch": 2048 // context}
+        small = {"questions": 0, "eval_windows": 1, "evals": 1, "ref_tokens": 2048}
+        cfg = rho.Config(data=str(data), out=str(out), tokens=8 * 2048, **shape, **batch, **small)
+        run = rho.Run(cfg)
+        with contextlib.redirect_stdout(io.StringIO()):
+            rho.train_arm(cfg, run, "ref")
+            records = rho.train_arm(cfg, run, "slm")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"tokens_per_s": round(16384 / records[-1]["seconds"]), "gib": peak}))
+
+
+def growth():
+    rows = []
+    for axis, values in GROWTH.items():
+        for value in values:
+            sizes = {k: v[0] for k, v in GROWTH.items()} | {axis: value}
+            command = [sys.executable, __file__, "grow", *map(str, sizes.values())]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append({"axis": axis, **sizes, **json.loads(done.stdout.splitlines()[-1])})
+            print(rows[-1], flush=True)
+    (HERE / "growth.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
 def main(wanted):
     machine = {"cores": torch.get_num_threads(), "torch": str(torch.__version__)}
     machine["machine"] = platform.machine()
@@ -147,10 +303,15 @@ def main(wanted):
         "step demo": lambda: step_ratios("demo", 15),
         "step 6x384": lambda: step_ratios("6x384", 7),
         "step 12x768": lambda: step_ratios("12x768", 3),
+        "loss": loss_ratios,
+        "peak": peak_ratios,
         "score": score_ratios,
         "generate": generate_ratios,
+        "transformers": transformers_ratios,
         "tokenise": tokenise_ratios,
     }
+    if "growth".startswith(wanted):
+        growth()
     path = HERE / "bench.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = {r["name"]: r for r in map(json.loads, lines)}
@@ -164,4 +325,7 @@ def main(wanted):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    if sys.argv[1:2] == ["grow"]:
+        grow(*map(int, sys.argv[2:]))
+    else:
+        main(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -220,10 +220,13 @@ def pick(rule, ref_loss, **how):
 @pytest.mark.parametrize(
     "how", [{"ratio": 1.0}, {"ratio": 0.6}, {"ratio": 0.05}, {"threshold": 0.3}]
 )
-@pytest.mark.parametrize("at_once", [2**23, 37 * 7, 1])  # rows all at once, by sevens, one by one
-def test_fast_twin_equals_the_definition(how, at_once, monkeypatch):
+@pytest.mark.parametrize("block", [2**22, 40 * 7, 1])  # vocabulary in one, by sevens, one by one
+@pytest.mark.parametrize("keep", [2**28, 0])  # logits kept for the gradient, or computed again
+@pytest.mark.parametrize("told", [True, False])  # how many will be selected
+def test_fast_twin_equals_the_definition(how, block, keep, told, monkeypatch):
     """Loss, mask and both gradients against float64 autograd through the plain masked form."""
-    monkeypatch.setattr(rho, "AT_ONCE", {True: at_once})
+    monkeypatch.setattr(rho, "BLOCK", {True: block})
+    monkeypatch.setattr(rho, "KEEP", keep)
     torch.manual_seed(0)
     N, C, vocabulary = 40, 6, 37
     hidden, weight = torch.randn(N, C).double(), torch.randn(vocabulary, C).double() / 2
@@ -235,7 +238,8 @@ def test_fast_twin_equals_the_definition(how, at_once, monkeypatch):
     expected = selective_loss(student_loss, mask)
     expected.backward()
     fast = [t.float().requires_grad_() for t in (hidden, weight)]
-    total, losses, fast_mask = HeadLoss.apply(*fast, targets, choose)
+    k = round(how["ratio"] * N) if told and "ratio" in how else None
+    total, losses, fast_mask = HeadLoss.apply(*fast, targets, choose, k)
     (total / fast_mask.sum()).backward()
     assert fast_mask.equal(mask) and 0 < mask.sum() <= N
     assert losses.double().allclose(student_loss, atol=1e-5)

@@ -327,28 +327,78 @@ def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one(cfg, tiny_data):
-    """gloo, two ranks, the same global batch: the same losses, and the same bytes of scores."""
+@pytest.fixture
+def two_ranks(cfg):
+    """two_ranks(flags) starts rho.py as two gloo processes, which is what torchrun does."""
+    started = []
+
+    def start(*flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        sizes = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **LOOKS}.items()]
+        places = [f"--data={cfg.data}", f"--out={cfg.out}"]
+        command = [sys.executable, rho.__file__, *sizes, *places, *flags]
+        here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        here |= {"OMP_NUM_THREADS": "1"}
+        for rank in "01":
+            environment = os.environ | here | {"RANK": rank}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-2:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_train_as_one(cfg, two_ranks):
+    """The same global batch: the same losses; the same bytes of scores; rank 0 alone writes."""
     go(cfg, "ref")
     one, alone = go(cfg, "clm")
     score_corpus(cfg, Run(cfg), Windows(cfg, Run(cfg).meta, "train"))
     scores = next(Path(cfg.out).rglob("*.f16"))
     expected = scores.read_bytes()
     scores.unlink()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    flags = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **LOOKS}.items()]
-    flags += [f"--data={cfg.data}", f"--out={cfg.out}"]
-    rho_py = str(Path(rho.__file__))
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for stage in (["--stage=clm", "--name=two"], ["--stage=score"]):
-        command = [sys.executable, rho_py, *stage, *flags]
-        ranks = [subprocess.Popen(command, env=environment | {"RANK": r}) for r in "01"]
-        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+        ranks = two_ranks(*stage)
+        said = [p.communicate(timeout=120)[0] for p in ranks]
+        assert [p.returncode for p in ranks] == [0, 0]
+        assert said[0] and not said[1]
     two, _ = load_model(Path(cfg.out) / "two.pt")
     assert apart(one, two, cfg) < 0.02
     lines = (Path(cfg.out) / "two.jsonl").read_text().splitlines()
     losses = [json.loads(line)["student_loss"] for line in lines[1:]]
     assert losses == pytest.approx([r["student_loss"] for r in alone[1:]], abs=1e-4)
     assert scores.read_bytes() == expected
+
+
+def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks):
+    """Top k within each window (micro-batch of one), so that who holds the window is no matter."""
+    go(cfg, "ref")
+    one, alone = go(cfg, "slm", micro_batch=1)
+    ranks = two_ranks("--stage=slm", "--name=two", "--micro_batch=1", "--ratio=0.6")
+    said = [p.communicate(timeout=120) for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said
+    two, checkpoint = load_model(Path(cfg.out) / "two.pt")
+    assert apart(one, two, cfg) < 0.02 < 0.2 < apart(go(cfg, "clm")[0], two, cfg)
+    assert checkpoint["trained"] == alone[-1]["trained"] == 10 * 4 * round(0.6 * 64)
+
+
+def test_a_rank_that_dies_ends_the_job_with_one_line(cfg, two_ranks):
+    ranks = two_ranks("--stage=clm", "--tokens=100000000", "--evals=100000")
+    while not (Path(cfg.out) / "clm.pt").exists():
+        assert ranks[0].poll() is None and ranks[1].poll() is None
+    ranks[1].kill()
+    _, said = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 2
+    assert said.count("\n") == 1 and "another process of this job has stopped" in said
+    assert load_model(Path(cfg.out) / "clm.pt")
+
+
+def test_batch_that_cannot_be_shared_out_is_refused(cfg, two_ranks):
+    ranks = two_ranks("--stage=clm", "--batch_size=5")
+    said = [p.communicate(timeout=60)[1] for p in ranks]
+    assert [p.returncode for p in ranks] == [2, 2]
+    assert all("--batch_size 5: not a multiple of 2" in line for line in said)
