@@ -72,7 +72,7 @@ class Config:
     ratio: float = 0.35  # share of tokens trained on, of each micro-batch (paper: 0.6); 1 is CLM
     threshold: float | None = None  # instead of ratio: every token that scores above it (nats)
     # the model; the reference's shape is in its own checkpoint and may be another
-    n_layer: int = 4
+    n_layer: int = 3
     n_head: int = 4
     n_kv_head: int = 4
     n_embd: int = 128
@@ -82,20 +82,20 @@ class Config:
     block_size: int = 128  # tokens in a window
     init: str = ""  # start from this checkpoint, or folder of Hugging Face weights
     # training; "tokens" are tokens seen, trained on or not
-    tokens: int = 1_200_000  # for clm and slm
-    ref_tokens: int = 1_000_000  # for ref
-    batch_size: int = 16  # windows in one optimizer step, over all devices
-    micro_batch: int = 16  # windows that a device holds at once; the rest is accumulated
+    tokens: int = 900_000  # for clm and slm
+    ref_tokens: int = 900_000  # for ref
+    batch_size: int = 8  # windows in one optimizer step, over all devices
+    micro_batch: int = 8  # windows that a device holds at once; the rest is accumulated
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
-    lr: float = 1.5e-3  # chosen for clm (results/lr.jsonl), used by all
+    lr: float = 7.5e-4  # chosen for clm (results/lr.jsonl), used by all
     lr_end: float = 0.1  # last learning rate, as a share of lr (cosine)
     warmup: float = 0.02  # share of the steps that warm up
     weight_decay: float = 0.1
     clip: float = 1.0  # norm of the gradient above which it is scaled down
     compile: bool | None = None  # torch.compile; unset: on CUDA only
     # looking
-    evals: int = 12  # evaluations over the run, evenly spaced; each also saves
-    eval_windows: int = 256  # windows of held-out text in one evaluation
+    evals: int = 9  # evaluations over the run, evenly spaced; each also saves
+    eval_windows: int = 64  # windows of held-out text in one evaluation
     questions: int = 500  # demo questions answered in one evaluation
     entropy: bool = False  # score: also write the reference's entropy
 

@@ -34,7 +34,7 @@ import rho  # noqa: E402
 from model import GPT, GPTConfig, generate, save_hf  # noqa: E402
 
 SHAPES = {  # n_layer, n_embd, n_head, T, V, batch
-    "demo": (4, 128, 4, 128, 768, 16),
+    "demo": (3, 128, 4, 128, 768, 8),
     "6x384": (6, 384, 6, 256, 50304, 4),
     "12x768": (12, 768, 12, 1024, 50304, 1),
 }
@@ -178,6 +178,22 @@ def peak_ratios():
         yield f"share of the SLM step: {kind}", (share, share, share)
 
 
+def compile_ratios():
+    """The demo's step with a compiled trunk over without, once it is warm."""
+    model, x, y = make("demo")
+    trunk, k = torch.compile(model), round(0.6 * y.numel())
+
+    def choose(student_loss):
+        return rho.select_tokens(rho.score_tokens("loss", student_loss), 0.6)
+
+    def step(trunk):
+        hidden = trunk(x).flatten(0, 1)
+        rho.HeadLoss.apply(hidden, model.lm_head.weight, y.flatten(), choose, k)[0].backward()
+        model.zero_grad()
+
+    yield "step_compiled_over_eager demo", interleaved(lambda: step(trunk), lambda: step(model), 15)
+
+
 def score_ratios():
     """Scoring from disk to disk against the same model's forward over the same batches."""
     model, x, y = make("6x384")
@@ -303,6 +319,7 @@ def main(wanted):
         "step demo": lambda: step_ratios("demo", 15),
         "step 6x384": lambda: step_ratios("6x384", 7),
         "step 12x768": lambda: step_ratios("12x768", 3),
+        "compile": compile_ratios,
         "loss": loss_ratios,
         "peak": peak_ratios,
         "score": score_ratios,

@@ -104,6 +104,50 @@ def curves(logs, path):
     plt.close(fig)
 
 
+def growth(path):
+    """Tokens per second, and peak memory, of --stage slm against one size at a time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (HERE / "growth.jsonl").read_text().splitlines()]
+    axes_of = dict.fromkeys(r["axis"] for r in records)
+    titles = {"tokens_per_s": "tokens per second", "gib": "peak memory, GiB"}
+    fig, axes = plt.subplots(2, len(axes_of), figsize=(10, 4.4), sharex="col", sharey="row")
+    for column, axis in zip(axes.T, axes_of, strict=True):
+        mine = [r for r in records if r["axis"] == axis]
+        for ax, (key, title) in zip(column, titles.items(), strict=True):
+            ax.plot([r[axis] for r in mine], [r[key] for r in mine], "o-", color="#c8372d")
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.spines[["top", "right"]].set_visible(False)
+            if axis == "width":
+                ax.set_ylabel(title, fontsize=9)
+        column[1].set_xlabel(axis + (", tokens" if axis in ("context", "corpus") else ""))
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def on_paper():
+    """The paper's 1 B run in hours, from operations alone; TinyLlama's shape, windows of 2048."""
+    inside = 22 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 22 * 2048 * 2048
+    head, tokens, rate = 2048 * 32000, 15e9, 0.4 * 989e12  # multiplications a token; H100, bf16
+    forward = inside + head
+    costs = {
+        "reference: 3 epochs of 0.5 B tokens": 1.5e9 * 3 * forward,
+        "scoring 15 B tokens once (30 GB on disk)": tokens * forward,
+        "student, CLM": tokens * 3 * forward,
+        "student, SLM 60 %, scores from disk": tokens * (forward + 2 * (inside + 0.6 * head)),
+        "student, SLM with the reference online": tokens * 4 * forward,
+    }
+    yield ["stage", "1 H100", "8 H100", "32 H100"]
+    for stage, cost in costs.items():
+        hours = 2 * cost / rate / 3600
+        yield [stage, *(f"{hours / n:.1f} h" for n in (1, 8, 32))]
+
+
 def markdown(table):
     head, *body = table
     lines = [head, ["---"] * len(head), *body]
@@ -141,6 +185,7 @@ def readme(text):
         logs = read_logs(HERE / name)
         told = "\n\n".join([markdown(rows(logs)), ". ".join(sentences(logs)) + ".", machine(logs)])
         text = fill(text, name, told)
+    text = fill(text, "paper", markdown(on_paper()))
     return fill(text, "bench", markdown(bench_table()))
 
 
@@ -175,7 +220,7 @@ def summary():
     }
     for line in (HERE / "bench.jsonl").read_text().splitlines():
         r = json.loads(line)
-        figures["bench"][r["name"].replace(" 6x384", "")] = r["ratio"]
+        figures["bench"][r["name"].replace(" 6x384", "").replace(" 32 rows", "")] = r["ratio"]
     return json.dumps(figures, indent=1) + "\n"
 
 
@@ -197,6 +242,7 @@ def main(argv):
         return
     for name in ("demo", "real"):
         curves(read_logs(HERE / name), HERE / f"{name}.png")
+    growth(HERE / "growth.png")
     (HERE / "summary.json").write_text(summary())
     path = HERE.parent / "README.md"
     path.write_text(readme(path.read_text()))
