@@ -238,8 +238,8 @@ def new_folder(folder, meta, questions):
         meta["files"] = {f.name: hashlib.sha256(np.memmap(f, mode="r")).hexdigest() for f in files}
         (work / "meta.json").write_text(json.dumps(meta, indent=1))
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("meta.json", "train.kind.bin", "questions.jsonl"):  # of an earlier preparation
-            (folder / name).unlink(missing_ok=True)
+        for old in ("meta.json", "questions.jsonl", "train.kind.bin", "val_corpus.kind.bin"):
+            (folder / old).unlink(missing_ok=True)
         for path in [*files, work / "meta.json"]:
             os.replace(path, folder / path.name)
     finally:
@@ -423,7 +423,8 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, di
     """Write the demo: n_ref clean problems, pages of n_train tokens, 500 held-out questions.
 
     wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside
-    each problem. train.kind.bin says of each token of train.bin which of KINDS it is.
+    each problem. train.kind.bin says of each token of train.bin which of KINDS it is; so for
+    val_corpus.
     """
     rng, held = random.Random(seed), {}
     while len(held) < 500:
@@ -468,8 +469,8 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, di
                     break
             np.array(tokens, np.uint16).tofile(work / f"{name}.bin")
             meta["tokens"][name], meta["documents"][name] = len(tokens), count
-            if name == "train":
-                np.array(kinds, np.uint8).tofile(work / "train.kind.bin")
+            if name in limits:
+                np.array(kinds, np.uint8).tofile(work / f"{name}.kind.bin")
 
 
 def main(argv=None):

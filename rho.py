@@ -11,6 +11,7 @@ what the student predicts already is learned: both are left out.
     python rho.py --stage clm     the baseline: ordinary training, all tokens
     python rho.py --stage slm     the paper: the same steps, loss on selected tokens
     python rho.py --stage slm --select random        the control: as many tokens, any tokens
+    python rho.py --stage dynamics                   which tokens are learned when (CLM, and SLM)
 
 Glossary (code = paper)                            Where this differs from the paper, and why
     student_loss   L_theta(x_i)           s. 2.2    1. Models of 1 M parameters from scratch, not
@@ -49,8 +50,9 @@ from model import GPT, GPTConfig, ModelError, load_checkpoint, load_model, whole
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
 RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
-CHOICES = {"stage": ("ref", "score", "clm", "slm", "all"), "select": RULES}
+CHOICES = {"stage": ("ref", "score", "clm", "slm", "dynamics", "all"), "select": RULES}
 CHOICES["optimizer"] = ("muon", "adamw")
+DYNAMICS = ("H->H", "L->H", "H->L", "L->L")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
 BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on a processor or not
 KEEP = 2**28  # logits that may stay in memory from the forward pass to the gradient
@@ -61,7 +63,7 @@ PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do 
 @dataclass
 class Config:
     # what to run
-    stage: str = "all"  # ref, score, clm, slm, or all
+    stage: str = "all"  # ref, score, clm, slm, dynamics, or all
     data: str = "data/demo"  # folder that prepare_data.py wrote
     out: str = "out/demo"  # folder for checkpoints, scores and logs
     name: str = ""  # name of the run's files; empty: the stage's, and the rule unless excess
@@ -500,7 +502,13 @@ def train(cfg, run, name, split):
             record |= {"unselected_loss": unselected}
             record |= {"grad_norm": norm.item()}
             if run.rank == 0:
-                state["records"].append(record | evaluate(cfg, run, model, held_out))
+                found, losses = evaluate(cfg, run, model, held_out)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                mode = "r+b" if state["records"][1:] else "wb"
+                with open(path.with_suffix(".losses.f16"), mode) as f:  # one row a look
+                    f.seek((len(state["records"]) - 1) * losses.nbytes)
+                    f.write(losses.tobytes())
+                state["records"].append(record | found)
                 saved = {"model": model.state_dict(), "model_config": asdict(model.config)}
                 saved |= {"recipe": recipe, "tokenizer": run.meta["tokenizer"]}
                 saved |= {"optimizers": [o.state_dict() for o in optimizers]} | state
@@ -519,16 +527,15 @@ def train(cfg, run, name, split):
 
 
 def evaluate(cfg, run, model, held_out):
-    """What arms are compared on: held-out loss (mean over all tokens, nats), and right answers."""
+    """What arms are compared on: held-out loss (mean over all tokens, nats), and right answers.
+
+    Returns the record, and the loss of each token of the last of `held_out`, float16 (windows, T).
+    """
     started, record = time.time(), {}
     model.eval()
     for name, windows in held_out.items():
-        total, n = 0.0, min(cfg.eval_windows, windows.n)
-        for w in np.array_split(np.arange(n), -(-n // cfg.micro_batch)):
-            x, y = run.put(*windows[w])  # (B, T)
-            with run.precision():
-                total += score_batch(model, x, y)[0].sum().item()
-        record[name] = total / (n * windows.T)
+        losses = windows_loss(cfg, run, model, windows)
+        record[name] = losses.mean(dtype=float).item()
     path = Path(cfg.data) / "questions.jsonl"
     if cfg.questions and path.exists():
         questions = load_questions(path, cfg.questions)
@@ -536,7 +543,50 @@ def evaluate(cfg, run, model, held_out):
         answers = answer_questions(model, encoding, questions, batch_size=512)
         record |= {"right": sum(a["correct"] for a in answers), "questions": len(answers)}
     model.train()
-    return record | {"eval_seconds": round(time.time() - started, 2)}
+    record["eval_seconds"] = round(time.time() - started, 2)
+    return record, losses.astype(np.float16)
+
+
+def windows_loss(cfg, run, model, windows):
+    """The loss of each token of the first --eval_windows windows, float32 (windows, T)."""
+    n, losses = min(cfg.eval_windows, windows.n), []
+    for w in np.array_split(np.arange(n), -(-n // cfg.micro_batch)):
+        x, y = run.put(*windows[w])  # (B, T)
+        with run.precision():
+            losses.append(score_batch(model, x, y)[0].float().cpu().numpy())
+    return np.concatenate(losses)
+
+
+def token_dynamics(losses):
+    """The class of each token (N,), 0 to 3 in the order of DYNAMICS; paper, section 2.1, App. D.
+
+    losses (n + 1, N): of the same tokens at checkpoints evenly spaced. A least-squares line through
+    a token's losses rises or falls by more than 0.2 nats over the run, or its last loss is above or
+    below the mean of all.
+    """
+    losses = np.asarray(losses, np.float32)
+    x = np.arange(len(losses)) - (len(losses) - 1) / 2  # (n + 1,), of mean zero
+    change = (len(losses) - 1) * (x @ losses) / (x @ x)  # (N,): n times the line's slope
+    classes = np.where(losses[-1] > losses[-1].mean(), 0, 3)
+    classes[change > 0.2], classes[change < -0.2] = 1, 2
+    return classes
+
+
+def dynamics(cfg, run):
+    """A CLM and an SLM run with 16 looks or more: the classes of the held-out corpus' tokens."""
+    cfg = replace(cfg, select="excess", evals=max(16, cfg.evals))
+    ref_loss = windows_loss(
+        cfg, run, open_reference(cfg, run), Windows(cfg, run.meta, "val_corpus")
+    )
+    if run.rank == 0:
+        with whole_file(Path(cfg.out) / "dynamics.ref_loss.f16") as f:
+            f.write(ref_loss.astype(np.float16).tobytes())
+    for stage in ("clm", "slm"):
+        train_arm(replace(cfg, name=f"dynamics-{stage}"), run, stage)
+        losses = np.fromfile(Path(cfg.out) / f"dynamics-{stage}.losses.f16", np.float16)
+        shares = np.bincount(token_dynamics(losses.reshape(-1, ref_loss.size)), minlength=4)
+        shares = zip(DYNAMICS, shares / ref_loss.size, strict=True)
+        run.say(f"dynamics-{stage}  " + "  ".join(f"{name} {share:.1%}" for name, share in shares))
 
 
 # ==== stages ======================================================================================
@@ -571,6 +621,8 @@ def run_stage(cfg):
         figures = Path(__file__).parent / "results" / "figures.py"
         if run.rank == 0 and figures.exists():  # the table and the picture of what was logged
             subprocess.run([sys.executable, str(figures), cfg.out])
+    elif cfg.stage == "dynamics":
+        dynamics(cfg, run)
     else:
         train_arm(cfg, run, cfg.stage)
 

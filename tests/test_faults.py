@@ -241,6 +241,8 @@ def test_stages_by_themselves_from_a_fresh_checkout(tmp_path, monkeypatch, capsy
         "slm.pt",
         "slm.jsonl",
         "scores",
+        "ref.losses.f16",
+        "slm.losses.f16",
     }
 
 

@@ -301,6 +301,28 @@ def test_unselected_tokens_give_no_gradient():
     assert (hidden.grad.abs().sum(1) > 0).equal(mask)
 
 
+# ---- token dynamics ------------------------------------------------------------------------------
+
+
+def test_token_dynamics_equal_a_fitted_line():
+    """The classes by numpy's own polyfit, token by token, in float64."""
+    rng = np.random.default_rng(0)
+    start, drift = rng.uniform(0, 5, 300), rng.uniform(-1, 1, 300)
+    losses = start + np.linspace(0, 1, 16)[:, None] * drift + rng.normal(0, 0.2, (16, 300))
+    classes = rho.token_dynamics(losses.astype(np.float16))
+    for token, found in zip(losses.astype(np.float16).astype(float).T, classes, strict=True):
+        change = 15 * np.polyfit(range(16), token, 1)[0]
+        easy = bool(token[-1] <= losses[-1].mean())
+        expected = "L->H" if change > 0.2 else "H->L" if change < -0.2 else ["H->H", "L->L"][easy]
+        assert rho.DYNAMICS[found] == expected
+    assert set(classes) == {0, 1, 2, 3}
+
+
+def test_token_dynamics_by_hand():
+    losses = np.array([[4, 1, 3, 0.1], [4, 1.5, 2, 0.2], [4, 2, 1, 0.1]])
+    assert [rho.DYNAMICS[c] for c in rho.token_dynamics(losses)] == list(rho.DYNAMICS)
+
+
 def test_import_has_no_side_effects(tmp_path):
     import subprocess
     import sys

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
     monkeypatch.setattr(rho, "score_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         score_corpus(cfg, run, windows)
-    assert np.isnan(np.fromfile(next(Path(cfg.out).rglob("*.f16")), np.float16)).any()
+    assert np.isnan(np.fromfile(next(Path(cfg.out, "scores").rglob("*.f16")), np.float16)).any()
     scores = np.array(score_corpus(cfg, run, windows)["ref_loss"])
     assert not np.isnan(scores).any()
     before = len(calls)
@@ -324,6 +325,32 @@ def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
     assert halved[-1]["val_loss"] != records[-1]["val_loss"]
 
 
+def test_each_look_keeps_the_loss_of_every_held_out_token(cfg):
+    _, records = go(cfg, "clm")
+    losses = np.fromfile(Path(cfg.out) / "clm.losses.f16", np.float16).reshape(5, 4 * 64)
+    means = losses.mean(1, dtype=float)
+    assert means == pytest.approx([r["val_corpus_loss"] for r in records[1:]], abs=2e-3)
+    model, _ = load_model(Path(cfg.out) / "clm.pt")
+    x, y = Windows(cfg, Run(cfg).meta, "val_corpus")[np.arange(4)]
+    last = rho.score_batch(model, x, y)[0].numpy().ravel()
+    assert losses[-1] == pytest.approx(last, abs=0.01)
+
+
+def test_dynamics_looks_sixteen_times_at_both_arms(cfg, capsys):
+    go(cfg, "ref")
+    rho.dynamics(replace(cfg, tokens=16 * 256), Run(cfg))
+    said = capsys.readouterr().out
+    for arm in ("dynamics-clm", "dynamics-slm"):
+        line = next(line for line in said.splitlines() if arm in line and "H->H" in line)
+        assert sum(map(float, re.findall(r"([\d.]+)%", line))) == pytest.approx(100, abs=0.3)
+        losses = np.fromfile(Path(cfg.out) / f"{arm}.losses.f16", np.float16)
+        assert len(losses) == 16 * 4 * 64 and np.isfinite(losses).all()
+    reference, _ = load_model(Path(cfg.out) / "ref.pt")
+    x, y = Windows(cfg, Run(cfg).meta, "val_corpus")[np.arange(4)]
+    ref_loss = np.fromfile(Path(cfg.out) / "dynamics.ref_loss.f16", np.float16)
+    assert ref_loss == pytest.approx(rho.score_batch(reference, x, y)[0].numpy().ravel(), abs=0.01)
+
+
 # ---- several processes ---------------------------------------------------------------------------
 
 
@@ -358,7 +385,7 @@ def test_two_processes_train_as_one(cfg, two_ranks):
     go(cfg, "ref")
     one, alone = go(cfg, "clm")
     score_corpus(cfg, Run(cfg), Windows(cfg, Run(cfg).meta, "train"))
-    scores = next(Path(cfg.out).rglob("*.f16"))
+    scores = next(Path(cfg.out, "scores").rglob("*.f16"))
     expected = scores.read_bytes()
     scores.unlink()
     for stage in (["--stage=clm", "--name=two"], ["--stage=score"]):
