@@ -437,7 +437,7 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, di
         facts.append([fact.format(**fill) for fact in FACTS])
     fresh = (p for p in iter(lambda: problem(rng), None) if p[0] not in held)
 
-    def page():
+    def page(dirty=dirty):
         segments = [(" | ".join(rng.sample(MENU, 6)) + "\n", 4)]
         for _ in range(rng.randint(2, 4)):
             segments += worked(rng, *next(fresh), wrong=rng.random() < wrong)
@@ -446,7 +446,7 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=1_250_000, wrong=0.6, di
 
     clean = [worked(rng, *next(fresh)) for _ in range(n_ref)]
     target = [worked(rng, question, steps) for question, steps in held.items()]
-    sample = clean[:1500] + [page() for _ in range(300)]
+    sample = clean[:1500] + [page(dirty=2) for _ in range(300)]
     ranks = train_bpe(["".join(text for text, _ in document) for document in sample], n_vocab)
     spec = {"name": "demo", "n_vocab": n_vocab, "eot": n_vocab - 1, "pat_str": PATTERN}
     spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
@@ -491,6 +491,9 @@ def main(argv=None):
     add("--keep_contaminated", action="store_true", help="count documents with questions, no more")
     add("--skip_bad", action="store_true", help="skip and count rows that cannot be read")
     add("--seed", type=int, default=1337, help="of the splits, and of the demo")
+    add("--n_ref", type=int, default=5000, help="demo: clean problems for the reference")
+    add("--wrong", type=float, default=0.6, help="demo: share of the pages' answers that are wrong")
+    add("--dirty", type=int, default=2, help="demo: pieces of dirt beside each problem")
     args = parser.parse_args(argv)
     args.out = args.out or "data/" + (args.recipe or ("mine" if args.corpus else "demo"))
     argv = sys.argv[1:] if argv is None else argv
@@ -499,7 +502,12 @@ def main(argv=None):
             command = shlex.join(["python", "prepare_data.py", *argv])
             prepare_text(args, sources, {"command": command})
         else:
-            prepare_demo(args.out, args.seed)
+            n_train = int(args.max_tokens or 1_250_000)
+            if args.n_ref < 1 or n_train < MIN_TOKENS or not 0 <= args.wrong <= 1 or args.dirty < 0:
+                raise InputError(
+                    "--n_ref, --max_tokens, --wrong or --dirty is out of range: see -h"
+                )
+            prepare_demo(args.out, args.seed, args.n_ref, n_train, args.wrong, args.dirty)
     except InputError as error:
         parser.exit(2, f"{error}\n")
     except OSError as error:  # a full disk, a file that is not there or may not be read

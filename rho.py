@@ -49,7 +49,7 @@ from eval_math import answer_questions, load_questions
 from model import GPT, GPTConfig, ModelError, load_checkpoint, load_model, whole_file
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
-RULES = ("excess", "ref_loss", "ref_entropy", "loss", "random", "oracle")
+RULES = ("excess", "ref_loss", "ref_entropy", "ref_both", "loss", "random", "oracle")
 CHOICES = {"stage": ("ref", "score", "clm", "slm", "dynamics", "all"), "select": RULES}
 CHOICES["optimizer"] = ("muon", "adamw")
 DYNAMICS = ("H->H", "L->H", "H->L", "L->L")
@@ -57,7 +57,7 @@ ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
 BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on a processor or not
 KEEP = 2**28  # logits that may stay in memory from the forward pass to the gradient
 SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
-PLACES = ("stage", "data", "out", "name", "device", "compile", "entropy")  # do not change a result
+PLACES = ("stage", "data", "out", "name", "reference", "device", "compile", "entropy")  # no recipe
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Config:
     seed: int = 1337  # of the first weights and of the order of windows
     device: str = ""  # cuda, mps or cpu; empty: the best there is
     # selection, the paper's part
-    select: str = "excess"  # excess, ref_loss, ref_entropy, loss, random, oracle (demo only)
+    select: str = "excess"  # excess, ref_loss, ref_entropy, ref_both, loss, random, oracle
+    reference: str = ""  # checkpoint or Hugging Face folder that scores; empty: OUT/ref.pt
     ratio: float = 0.35  # share of tokens trained on, of each micro-batch (paper: 0.6); 1 is CLM
     threshold: float | None = None  # instead of ratio: every token that scores above it (nats)
     # the model; the reference's shape is in its own checkpoint and may be another
@@ -122,8 +123,9 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
     """How much each token is worth training on (B, T); the highest are kept. No gradient.
 
     excess: student minus reference, signed (eq. 2). ref_loss, ref_entropy: what the reference finds
-    easy or is sure of (self-reference, section 3.4). loss: what the student finds hard. random: the
-    control. Raises ValueError for another rule, or where a rule's input is missing.
+    easy, or is sure of; ref_both: what is high in both orders, their intersection (self-reference,
+    section 3.4). loss: what the student finds hard. random: the control. Raises ValueError for
+    another rule, or where a rule's input is missing.
     """
     student_loss = student_loss.detach()  # (B, T)
     if select == "random":
@@ -137,6 +139,9 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
         return -ref_loss  # (B, T)
     if select == "ref_entropy" and ref_entropy is not None:
         return -ref_entropy  # (B, T)
+    if select == "ref_both" and ref_loss is not None and ref_entropy is not None:
+        ranks = [s.flatten().argsort().argsort().view(s.shape) for s in (ref_loss, ref_entropy)]
+        return -torch.maximum(*ranks)  # (B, T)
     raise ValueError(f"--select {select} is no rule, or the scores it needs were not given")
 
 
@@ -152,7 +157,7 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid
     if threshold is not None:
         return (score > threshold) & valid
-    score = score.masked_fill(~valid, -torch.inf).flatten()  # (B * T)
+    score = score.float().masked_fill(~valid, -torch.inf).flatten()  # (B * T)
     best = score.topk(round(ratio * n), sorted=False).indices  # (k,)
     return torch.zeros_like(valid).flatten().index_fill(0, best, True).view(valid.shape)  # (B, T)
 
@@ -314,9 +319,9 @@ def open_reference(cfg, run):
     same = (cfg.data, cfg.out) == (Config.data, Config.out)
     places = "" if same else f" --data {cfg.data} --out {cfg.out}"
     mend = f"Run: python rho.py --stage ref{places}"
-    path = Path(cfg.out) / "ref.pt"
+    path = Path(cfg.reference or Path(cfg.out, "ref.pt"))
     reference, checkpoint = open_model(path, cfg, run, mend)
-    if checkpoint["step"] < checkpoint["steps"]:
+    if checkpoint and checkpoint["step"] < checkpoint["steps"]:
         raise InputError(f"{path} is not trained to its end. {mend} (it goes on where it stopped)")
     return reference.eval().requires_grad_(False)
 
@@ -357,7 +362,7 @@ def score_corpus(cfg, run, windows):
     reference = open_reference(cfg, run)
     key = fingerprint(reference, run.meta["files"]["train.bin"], cfg.block_size)
     folder, scores = Path(cfg.out) / "scores" / key, {}
-    entropy = cfg.entropy or cfg.select == "ref_entropy"
+    entropy = cfg.entropy or cfg.select in ("ref_entropy", "ref_both")
     for name in ("ref_loss", "ref_entropy")[: 1 + entropy]:
         path = folder / f"{name}.f16"
         if run.rank == 0 and not path.exists():
@@ -411,7 +416,7 @@ def train(cfg, run, name, split):
     windows = Windows(cfg, run.meta, split)
     held_out = {f"{s}_loss": Windows(cfg, run.meta, s) for s in ("val", "val_corpus")}
     scores = {}
-    if cfg.select in ("excess", "ref_loss", "ref_entropy"):
+    if cfg.select not in ("loss", "random", "oracle"):
         scores = score_corpus(cfg, run, windows)
     elif cfg.select == "oracle":  # the generator's own truth, taken for a reference's loss
         kinds = np.fromfile(Path(cfg.data) / f"{split}.kind.bin", np.uint8)[1:]

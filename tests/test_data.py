@@ -616,6 +616,22 @@ def test_killed_while_renaming_is_not_a_prepared_folder(text, monkeypatch):
     run(*flags, "--seed", 2)
 
 
+def test_knobs_of_the_demo(tmp_path):
+    """--wrong, --dirty, --n_ref and --max_tokens make other pages; what cannot be is refused."""
+    small = ["--n_ref", "300", "--max_tokens", "24000"]
+    for out, flags in {"no": ["--wrong", "0"], "all": ["--wrong", "1", "--dirty", "0"]}.items():
+        prepare_data.main([*small, *flags, "--out", str(tmp_path / out)])
+    kinds = {out: np.fromfile(tmp_path / out / "train.kind.bin", np.uint8) for out in ("no", "all")}
+    names = json.loads((tmp_path / "no" / "meta.json").read_text())["kinds"]
+    found = {out: {names[k] for k in np.unique(kind)} for out, kind in kinds.items()}
+    assert "wrong" not in found["no"] and "noise" in found["no"]
+    assert "wrong" in found["all"] and "noise" not in found["all"]
+    assert 24_000 <= len(kinds["no"]) < 30_000
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.main(["--wrong", "1.5", "--out", str(tmp_path / "bad")])
+    assert not (tmp_path / "bad").exists()
+
+
 def test_another_preparation_leaves_nothing_of_the_one_before(text):
     write_jsonl("q.jsonl", [{"question": LONG, "answer": "42"}])
     run(*text[0], "--questions", "q.jsonl")

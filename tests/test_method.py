@@ -63,10 +63,14 @@ def test_each_rule_ranks_as_it_says():
     assert score_tokens("loss", student).tolist() == [3.0, 1.0]
     assert score_tokens("ref_loss", student, ref).tolist() == pytest.approx([-0.5, -0.1])
     assert score_tokens("ref_entropy", student, ref, entropy).tolist() == [-2.0, -1.0]
+    easy, sure = torch.tensor([[0.1, 5.0, 0.2, 9.0]]), torch.tensor([[7.0, 0.1, 0.2, 8.0]])
+    both = score_tokens("ref_both", torch.zeros(1, 4), easy, sure)  # worse of the two ranks
+    assert both.tolist() == [[-2, -2, -1, -3]]
+    assert select_tokens(both, ratio=0.25).tolist() == [[False, False, True, False]]
     once = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
     again = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
     assert once.equal(again) and once[0] != once[1]
-    for select in ("excess", "ref_loss", "ref_entropy", "nonsense"):
+    for select in ("excess", "ref_loss", "ref_entropy", "ref_both", "nonsense"):
         with pytest.raises(ValueError, match=select):
             score_tokens(select, student)
 
