@@ -503,11 +503,11 @@ def test_unknown_flag_and_bad_numbers(text, capsys):
 
 
 def test_no_flags_make_the_demo(monkeypatch):
-    made = []
+    made, usual = [], prepare_data.prepare_demo.__defaults__[1:5]
     monkeypatch.setattr(prepare_data, "prepare_demo", lambda *given: made.append(given))
     prepare_data.main([])
     prepare_data.main(["--out", "mine", "--seed", "3"])
-    assert made == [("data/demo", 1337), ("mine", 3)]
+    assert made == [("data/demo", 1337, *usual), ("mine", 3, *usual)]
 
 
 def test_help_explains_every_flag(capsys):
