@@ -2,6 +2,7 @@
 
     python results/figures.py out/demo    one set of runs: its table, and out/demo/demo.png
     python results/figures.py             the published logs: pictures, summary.json, README tables
+    python results/figures.py tokens out/demo    the page of coloured tokens, of --stage dynamics
 
 rho.py computes, this file draws; no number in the README is typed by hand.
 """
@@ -10,6 +11,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).parent
 ARMS = {  # run: (label, color)
@@ -148,6 +151,65 @@ def on_paper():
         yield [stage, *(f"{hours / n:.1f} h" for n in (1, 8, 32))]
 
 
+def read_looks(folder):
+    """What --stage dynamics left in a folder: the runs' logs, losses and classes; the corpus text.
+
+    Returns {run: (records, losses (looks, N) in nats)}, reference losses (N,), a dict about the
+    text: its tokens (N,), their kinds (N,) or None, meta. N held-out tokens, float32.
+    """
+    sys.path.insert(0, str(HERE.parent))
+    folder, runs = Path(folder), {}
+    if not (folder / "dynamics.ref_loss.f16").exists():
+        print(f"{folder}: no looks at tokens. Run: python rho.py --stage dynamics", file=sys.stderr)
+        sys.exit(2)
+    ref_loss = np.fromfile(folder / "dynamics.ref_loss.f16", np.float16).astype(np.float32)
+    for run in ("slm", "clm"):
+        lines = (folder / f"dynamics-{run}.jsonl").read_text().splitlines()
+        losses = np.fromfile(folder / f"dynamics-{run}.losses.f16", np.float16)
+        runs[run] = list(map(json.loads, lines)), losses.reshape(-1, len(ref_loss)).astype(float)
+    data = Path(runs["slm"][0][0]["config"]["data"])
+    meta, kinds = json.loads((data / "meta.json").read_text()), data / "val_corpus.kind.bin"
+    text = {
+        "meta": meta,
+        "kinds": None,
+        "tokens": np.fromfile(data / "val_corpus.bin", meta["dtype"]),
+    }
+    text["tokens"] = text["tokens"][1 : 1 + len(ref_loss)]
+    if kinds.exists():
+        text["kinds"] = np.fromfile(kinds, np.uint8)[1 : 1 + len(ref_loss)]
+    return runs, ref_loss, text
+
+
+def cut(excess, ratio):
+    """The excess above which a share `ratio` of the tokens lies, at each look (looks,)."""
+    return np.quantile(excess, 1 - ratio, axis=-1)
+
+
+def token_page(folder, n=2048):
+    """out/.../tokens.html: the first n held-out corpus tokens, at each look; needs no network."""
+    runs, ref_loss, text = read_looks(folder)
+    from prepare_data import get_tokenizer
+    from rho import DYNAMICS, token_dynamics
+
+    encoding = get_tokenizer(text["meta"]["tokenizer"])
+    words = [encoding.decode([token], errors="replace") for token in text["tokens"][:n].tolist()]
+    end = encoding.decode([text["meta"]["tokenizer"]["eot"]])
+    cents = lambda losses: np.round(100 * losses).astype(int).tolist()  # noqa: E731
+    data = {"text": words, "end": end, "classes": DYNAMICS, "ref": cents(ref_loss[:n]), "runs": {}}
+    data["labels"] = {"slm": "SLM student", "clm": "CLM student"}
+    if text["kinds"] is not None:
+        data |= {"kind": text["kinds"][:n].tolist(), "kinds": text["meta"]["kinds"]}
+    for run, (records, losses) in runs.items():
+        data["tokens"] = [r["tokens"] for r in records[1:]]
+        ratio = runs["slm"][0][0]["config"]["ratio"] or 0.5  # of a run by threshold: a half
+        mine = {"loss": cents(losses[:, :n]), "cut": cut(losses - ref_loss, ratio).tolist()}
+        data["runs"][run] = mine | {"dynamics": token_dynamics(losses)[:n].tolist()}
+    safe = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = (HERE / "tokens_template.html").read_text().replace("@DATA@", safe)
+    (Path(folder) / "tokens.html").write_text(page)
+    print(f"page: {folder}/tokens.html")
+
+
 def markdown(table):
     head, *body = table
     lines = [head, ["---"] * len(head), *body]
@@ -225,6 +287,8 @@ def summary():
 
 
 def main(argv):
+    if argv[:1] == ["tokens"]:
+        return token_page(*argv[1:])
     if argv:
         logs = read_logs(argv[0])
         table = list(rows(logs))
