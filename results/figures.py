@@ -185,6 +185,92 @@ def cut(excess, ratio):
     return np.quantile(excess, 1 - ratio, axis=-1)
 
 
+def dynamics_rows(looks):
+    """Shares of the four classes, and their mean loss at the first look and at the last."""
+    from rho import DYNAMICS, token_dynamics
+
+    paper = dict(zip(DYNAMICS, ("11", "12", "26", "51"), strict=True))
+    found = {run: (token_dynamics(losses), losses) for run, (_, losses) in looks[0].items()}
+    yield [
+        "class",
+        "paper, 1 B",
+        *(f"{run.upper()}, {w}" for run in found for w in ("share", "loss")),
+    ]
+    for i, name in enumerate(DYNAMICS):
+        cells = [name, f"{paper[name]} %"]
+        for classes, losses in found.values():
+            mine = losses[:, classes == i].mean(1) if (classes == i).any() else [np.nan]
+            cells += [f"{100 * (classes == i).mean():.0f} %", f"{mine[0]:.2f} → {mine[-1]:.2f}"]
+        yield cells
+
+
+def looks_picture(looks, path):
+    """Six views of the same looks: dynamics (s. 2.1), selection over training (Figs. 6 and 8)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from rho import DYNAMICS, token_dynamics
+
+    runs, ref_loss, text = looks
+    records, slm = runs["slm"]
+    seen, ratio = [r["tokens"] / 1e6 for r in records[1:]], records[0]["config"]["ratio"] or 0.5
+    kept = slm - ref_loss >= cut(slm - ref_loss, ratio)[:, None]  # (looks, N)
+    fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
+    colors = ("#c8372d", "#d6a03a", "#2b6cb0", "#4a9a5b")
+    for ax, run in zip(axes[0], ("clm", "slm"), strict=False):
+        losses = runs[run][1]
+        classes = token_dynamics(losses)
+        for i in range(4):
+            if (classes == i).any():
+                share = f"{DYNAMICS[i].replace('->', '→')}  {100 * (classes == i).mean():.0f} %"
+                ax.plot(seen, losses[:, classes == i].mean(1), color=colors[i], label=share)
+        ax.set_title(f"{run.upper()}: mean loss by class", fontsize=10)
+    classes, clm = token_dynamics(runs["clm"][1]), runs["clm"][1]
+    for i in (0, 3):  # those that move most about their line
+        mine = np.flatnonzero(classes == i)
+        for token in mine[np.argsort(-clm[:, mine].std(0))][:3]:
+            axes[0, 2].plot(seen, clm[:, token], color=colors[i], lw=0.9)
+    axes[0, 2].set_title("CLM: single tokens, H→H (red) and L→L (green)", fontsize=10)
+    for run, color in (("clm", "#8a8f98"), ("slm", "#c8372d")):
+        losses = runs[run][1]
+        axes[1, 0].plot(
+            seen, losses[:, kept[-1]].mean(1), color=color, label=f"{run.upper()}: kept"
+        )
+        left = losses[:, ~kept[-1]].mean(1)
+        axes[1, 0].plot(seen, left, "--", color=color, label=f"{run.upper()}: left out")
+    axes[1, 0].set_title("loss on tokens that SLM keeps at the end", fontsize=10)
+    for i in np.linspace(1, len(seen) - 1, 4).astype(int):
+        label = f"kept at {seen[i]:.2f} M"
+        axes[1, 1].plot(seen[1:], np.exp(slm[1:, kept[i]].mean(1)), label=label)
+    axes[1, 1].set(yscale="log")
+    axes[1, 1].set_title("SLM: perplexity of what was kept when", fontsize=10)
+    for kind in range(len(text["meta"].get("kinds", ()))):
+        share = kept[:, text["kinds"] == kind].mean(1)
+        axes[1, 2].plot(seen, 100 * share, label=text["meta"]["kinds"][kind])
+    axes[1, 2].set_title("SLM: % kept, by what the generator wrote", fontsize=10)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=7)
+    for ax in axes[1]:
+        ax.set_xlabel("tokens seen, millions")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def agreement(looks):
+    """Precision and recall of clean target tokens among the kept, at first and last look, in %."""
+    runs, ref_loss, text = looks
+    records, slm = runs["slm"]
+    target = text["kinds"] == text["meta"]["kinds"].index("target")
+    ratio = records[0]["config"]["ratio"]
+    kept = slm - ref_loss >= cut(slm - ref_loss, ratio)[:, None]  # (looks, N)
+    both = (kept & target).sum(1)
+    return 100 * both / kept.sum(1), 100 * both / target.sum()
+
+
 def token_page(folder, n=2048):
     """out/.../tokens.html: the first n held-out corpus tokens, at each look; needs no network."""
     runs, ref_loss, text = read_looks(folder)
