@@ -195,7 +195,8 @@ class HeadLoss(torch.autograd.Function):
         mask = choose(student_loss)  # (N,)
         rows = slice(None)  # all of them: no need to gather
         if k != N:
-            rows = (mask.nonzero() if k is None else mask.nonzero_static(size=k))[:, 0]  # (k,)
+            static = k is not None and not mask.is_mps  # which does not know nonzero_static
+            rows = (mask.nonzero_static(size=k) if static else mask.nonzero())[:, 0]  # (k,)
         h, total, targets = hidden[rows], total[rows], targets[rows]
         grad_h, grad_weight = -head[targets].float(), torch.empty_like(weight)  # minus one-hot
         for part, logits, grad in zip(blocks, kept, grad_weight.split(len(blocks[0])), strict=True):
@@ -372,7 +373,8 @@ def score_corpus(cfg, run, windows):
         run.barrier()
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
     visits = min(windows.n, cfg.steps * cfg.batch_size)
-    wanted, size = np.sort(permutation(windows.n, cfg.seed, 0)[:visits]), max(1, 8192 // windows.T)
+    wanted = np.sort(permutation(windows.n, cfg.seed, 0)[:visits])
+    size = max(cfg.micro_batch, 8192 // windows.T)  # windows at once
     parts = [wanted[i : i + size] for i in range(0, visits, size)]
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")

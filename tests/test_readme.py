@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rho
@@ -66,3 +68,40 @@ def test_published_runs_are_comparable():
         assert len(ends) == 1
         assert logs["slm"][-1]["trained"] == logs["slm-random"][-1]["trained"]
         assert arms["slm"]["ratio"] == arms["slm-random"]["ratio"] < 1 == arms["clm"]["ratio"]
+
+
+def test_token_page_is_whole_safe_and_says_what_was_stored(tiny_data, tmp_path):
+    """Nothing from outside, no text that ends the script, and the numbers of the arrays."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    meta = json.loads((data / "meta.json").read_text())
+    meta["kinds"][0] = hostile = "</script><script>alert(1)</script><!--"
+    (data / "meta.json").write_text(json.dumps(meta))
+    small = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "block_size": 64}
+    quick = {"batch_size": 4, "micro_batch": 4, "tokens": 4096, "ref_tokens": 1024, "questions": 0}
+    cfg = rho.Config(data=str(data), out=str(tmp_path), eval_windows=4, **small, **quick)
+    rho.train_arm(cfg, rho.Run(cfg), "ref")
+    rho.dynamics(cfg, rho.Run(cfg))
+    figures.token_page(tmp_path)
+    page = (tmp_path / "tokens.html").read_text()
+    template = (ROOT / "results" / "tokens_template.html").read_text()
+    for sign in ("</script", "<!--", "http", "src=", "url("):
+        assert page.count(sign) == template.count(sign)
+    assert not re.search("http|src=|url\\(|@import", template)
+    told = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert told["kinds"][0] == hostile
+    runs, ref_loss, text = figures.read_looks(tmp_path)
+    assert told["ref"] == [round(100 * float(x)) for x in ref_loss]
+    assert len(told["text"]) == len(told["kind"]) == len(ref_loss) == 4 * 64
+    assert told["tokens"] == [r["tokens"] for r in runs["slm"][0][1:]] and len(told["tokens"]) == 16
+    for run, (_, losses) in runs.items():
+        excess = losses - ref_loss
+        cut = np.array(told["runs"][run]["cut"])[:, None]  # among equals it keeps all
+        assert ((excess > cut).mean(1) <= cfg.ratio).all()
+        assert ((excess >= cut).mean(1) >= cfg.ratio - 0.01).all()
+        assert np.abs(np.array(told["runs"][run]["loss"]) / 100 - losses).max() < 0.006
+    figures.looks_picture((runs, ref_loss, text), tmp_path / "looks.png")
+    assert (tmp_path / "looks.png").stat().st_size > 20_000
+    rows = list(figures.dynamics_rows((runs, ref_loss, text)))
+    assert [row[0] for row in rows[1:]] == list(rho.DYNAMICS)
+    assert sum(int(row[2].split()[0]) for row in rows[1:]) == pytest.approx(100, abs=2)
