@@ -188,9 +188,9 @@ class HeadLoss(torch.autograd.Function):
         blocks = head.split(max(1, BLOCK[hidden.is_cpu] // N))
         total = torch.full((N, 1), -torch.inf, device=hidden.device)  # log-sum-exp of the logits
         for part in blocks:
-            kept.append(hidden @ part.T)  # (N, v)
-            total = torch.logaddexp(total, kept[-1].float().logsumexp(-1, keepdim=True))
-            kept[-1] = kept[-1] if N * len(head) <= KEEP else None
+            logits = hidden @ part.T  # (N, v)
+            total = torch.logaddexp(total, logits.float().logsumexp(-1, keepdim=True))
+            kept.append(logits if N * len(head) <= KEEP else None)
         student_loss = total[:, 0] - (hidden.float() * head[targets]).sum(-1)  # (N,)
         mask = choose(student_loss)  # (N,)
         rows = slice(None)  # all of them: no need to gather

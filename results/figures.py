@@ -311,12 +311,20 @@ def fill(text, marker, content):
     return re.sub(found, lambda _: new, text, flags=re.S)
 
 
+def seconds(logs):
+    """Of training and of evaluating, over all arms."""
+    return sum(r[-1]["seconds"] + sum(e["eval_seconds"] for e in r[1:]) for r in logs.values())
+
+
 def machine(logs):
     """Where and with what a set of runs was made, in one line."""
     first, cfg = logs["clm"][0], logs["clm"][0]["config"]
     shape = f"{first['params'] / 1e6:.1f} M parameters, windows of {cfg['block_size']}"
     where = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
-    return f"{shape}; {where}; seed {cfg['seed']}, one run per arm; commit {first['commit']}."
+    took = f"{seconds(logs) / 60:.0f} minutes of training and answering in all"
+    return (
+        f"{shape}; {where}; {took}; seed {cfg['seed']}, one run per arm; commit {first['commit']}."
+    )
 
 
 def bench_table():
@@ -341,14 +349,13 @@ def summary():
     """results/summary.json: the headline figures of one seed; spreads come with more seeds."""
     demo, real = (read_logs(HERE / name) for name in ("demo", "real"))
     share = {run: 100 * r[-1]["right"] / r[-1]["questions"] for run, r in demo.items()}
-    seconds = sum(r[-1]["seconds"] + sum(e["eval_seconds"] for e in r[1:]) for r in demo.values())
     figures = {
         "demo": {
             "seeds": 1,
             "gain_points": round(share["slm"] - share["clm"], 1),
             "tokens_ratio_mean": round(passed(demo, "right")[1], 2),
             "student_minus_reference_points": round(share["slm"] - share["ref"], 1),
-            "seconds_total": round(seconds),
+            "seconds_total": round(seconds(demo)),
             "cores": demo["clm"][0]["threads"],
         },
         "real": {
