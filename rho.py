@@ -175,8 +175,8 @@ class HeadLoss(torch.autograd.Function):
 
     The definition above would hold (B * T, V) logits and their gradient, mostly zero. Here they are
     worked on in blocks of the vocabulary. A first pass over all tokens finds the log-sum-exp, hence
-    the losses, hence the selection; a second, over the k selected rows, forms softmax and at once
-    multiplies it out. Logits are kept between the two where they fit (KEEP), else computed again.
+    the losses, hence the selection; a second, over the k selected rows, forms softmax minus one-hot and at
+    once multiplies it out. Logits are kept between the two where they fit (KEEP), else computed again.
     apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask, k=None) gives
     the sum (with gradient), student_loss (N,) float32 and mask (N,); matrix products are in
     hidden's type. Give k, the number that `choose` selects, and a GPU need not wait to hear it.
@@ -198,13 +198,14 @@ class HeadLoss(torch.autograd.Function):
             static = k is not None and not mask.is_mps  # which does not know nonzero_static
             rows = (mask.nonzero_static(size=k) if static else mask.nonzero())[:, 0]  # (k,)
         h, total, targets = hidden[rows], total[rows], targets[rows]
-        grad_h, grad_weight = -head[targets].float(), torch.empty_like(weight)  # minus one-hot
+        grad_h, grad_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)
         for part, logits, grad in zip(blocks, kept, grad_weight.split(len(blocks[0])), strict=True):
             logits = h @ part.T if logits is None else logits[rows]  # (k, v)
-            softmax = (logits - total).exp_().to(h.dtype)  # (k, v)
-            grad_h += softmax @ part
-            grad[:] = softmax.T @ h
-        grad_weight.index_add_(0, targets, h.to(weight.dtype), alpha=-1)  # minus one-hot
+            error, here = (logits - total).exp_(), targets.clamp(0, len(part) - 1)  # (k, v), (k,)
+            error.scatter_add_(1, here[:, None], -(here == targets)[:, None].float())
+            error, targets = error.to(h.dtype), targets - len(part)  # the next block's column 0
+            grad_h += error @ part
+            grad[:] = error.T @ h
         grad_hidden = torch.zeros_like(hidden)
         grad_hidden[rows] = grad_h.to(h.dtype)
         ctx.gradients = grad_hidden, grad_weight

@@ -269,6 +269,18 @@ def test_fast_twin_in_bf16_is_close():
         assert 0 < (full - half).norm() < 0.01 * full.norm()
 
 
+def test_fast_twin_in_bf16_keeps_the_small_gradient_of_a_learned_token():
+    """softmax minus one-hot is formed in float32: in bf16, 0.999 is 1 and the difference 0."""
+    weight = torch.eye(4, requires_grad=True)
+    hidden = torch.tensor([[8.0, 0, 0, 0]], requires_grad=True)
+    all_of_it = lambda s: torch.ones_like(s, dtype=torch.bool)  # noqa: E731
+    total, _, _ = HeadLoss.apply(hidden.bfloat16(), weight, torch.tensor([0]), all_of_it, 1)
+    total.backward()
+    expected = torch.tensor([8.0, 0, 0, 0]).softmax(-1)[0].item() - 1
+    assert hidden.grad[0, 0].item() == pytest.approx(expected, rel=0.01)
+    assert weight.grad[0, 0].item() == pytest.approx(8 * expected, rel=0.01)
+
+
 def test_gradient_equals_finite_differences():
     """d(selective loss)/d(parameter) of a whole tiny GPT, the mask held fixed, in float64."""
     torch.manual_seed(0)
