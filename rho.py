@@ -175,8 +175,9 @@ class HeadLoss(torch.autograd.Function):
 
     The definition above would hold (B * T, V) logits and their gradient, mostly zero. Here they are
     worked on in blocks of the vocabulary. A first pass over all tokens finds the log-sum-exp, hence
-    the losses, hence the selection; a second, over the k selected rows, forms softmax minus one-hot and at
-    once multiplies it out. Logits are kept between the two where they fit (KEEP), else computed again.
+    the losses, hence the selection; a second, over the k selected rows, forms their gradient,
+    softmax minus one-hot, and at once multiplies it out. The logits are kept between the two passes
+    where they fit (KEEP), and else computed again.
     apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask, k=None) gives
     the sum (with gradient), student_loss (N,) float32 and mask (N,); matrix products are in
     hidden's type. Give k, the number that `choose` selects, and a GPU need not wait to hear it.
