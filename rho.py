@@ -170,14 +170,35 @@ def selective_loss(student_loss, mask):
 # ==== the same, fast: what training runs ==========================================================
 
 
+def scan_head(hidden, head, targets, keep=False, entropy=False):
+    """What the losses are made of, without ever holding (N, V) logits: block by block of head.
+
+    hidden (N, C), head (V, C), targets (N, 1). Returns log-sum-exp, target's logit and, if asked
+    for, mean logit, each (N, 1) float32; and the logits by block, (N, v) each, if asked to keep.
+    """
+    total = torch.full(targets.shape, -torch.inf, device=hidden.device)  # (N, 1)
+    target, mean, kept = torch.zeros_like(total), torch.zeros_like(total), []
+    for part in head.split(max(1, BLOCK[hidden.is_cpu] // len(hidden))):
+        logits = hidden @ part.T  # (N, v)
+        kept.append(logits if keep else None)
+        logits, at = logits.float(), targets.clamp(0, len(part) - 1)
+        target += logits.gather(1, at) * (at == targets)
+        here = logits.logsumexp(-1, keepdim=True)
+        before, total = total, torch.logaddexp(total, here)
+        if entropy:
+            inside = ((logits - here).exp_() * logits).sum(-1, keepdim=True)
+            mean = mean * (before - total).exp() + inside * (here - total).exp()
+        targets = targets - len(part)  # the next block's first column is 0
+    return total, target, mean, kept
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of the selected tokens' loss, with gradient through the head for those tokens only.
 
-    The definition above would hold (B * T, V) logits and their gradient, mostly zero. Here they are
-    worked on in blocks of the vocabulary. A first pass over all tokens finds the log-sum-exp, hence
-    the losses, hence the selection; a second, over the k selected rows, forms their gradient,
-    softmax minus one-hot, and at once multiplies it out. The logits are kept between the two passes
-    where they fit (KEEP), and else computed again.
+    The definition above would hold (B * T, V) logits and their gradient, mostly zero. Here a first
+    pass over all tokens finds the losses, hence the selection; a second, over the k selected rows,
+    forms their gradient, softmax minus one-hot, and at once multiplies it out. The logits are kept
+    between the two passes where they fit (KEEP), and else computed again.
     apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask, k=None) gives
     the sum (with gradient), student_loss (N,) float32 and mask (N,); matrix products are in
     hidden's type. Give k, the number that `choose` selects, and a GPU need not wait to hear it.
@@ -185,14 +206,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, choose, k=None):
-        N, head, kept = len(hidden), weight.to(hidden.dtype), []
-        blocks = head.split(max(1, BLOCK[hidden.is_cpu] // N))
-        total = torch.full((N, 1), -torch.inf, device=hidden.device)  # log-sum-exp of the logits
-        for part in blocks:
-            logits = hidden @ part.T  # (N, v)
-            total = torch.logaddexp(total, logits.float().logsumexp(-1, keepdim=True))
-            kept.append(logits if N * len(head) <= KEEP else None)
-        student_loss = total[:, 0] - (hidden.float() * head[targets]).sum(-1)  # (N,)
+        N, head, targets = len(hidden), weight.to(hidden.dtype), targets[:, None]
+        total, target, _, kept = scan_head(hidden, head, targets, N * len(head) <= KEEP)
+        student_loss = (total - target)[:, 0]  # (N,)
         mask = choose(student_loss)  # (N,)
         rows = slice(None)  # all of them: no need to gather
         if k != N:
@@ -200,11 +216,12 @@ class HeadLoss(torch.autograd.Function):
             rows = (mask.nonzero_static(size=k) if static else mask.nonzero())[:, 0]  # (k,)
         h, total, targets = hidden[rows], total[rows], targets[rows]
         grad_h, grad_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)
-        for part, logits, grad in zip(blocks, kept, grad_weight.split(len(blocks[0])), strict=True):
+        size = max(1, BLOCK[hidden.is_cpu] // N)
+        for part, logits, grad in zip(head.split(size), kept, grad_weight.split(size), strict=True):
             logits = h @ part.T if logits is None else logits[rows]  # (k, v)
-            error, here = (logits - total).exp_(), targets.clamp(0, len(part) - 1)  # (k, v), (k,)
-            error.scatter_add_(1, here[:, None], -(here == targets)[:, None].float())
-            error, targets = error.to(h.dtype), targets - len(part)  # the next block's column 0
+            error, at = (logits - total).exp_(), targets.clamp(0, len(part) - 1)  # (k, v), (k, 1)
+            error.scatter_add_(1, at, -(at == targets).float())
+            error, targets = error.to(h.dtype), targets - len(part)
             grad_h += error @ part
             grad[:] = error.T @ h
         grad_hidden = torch.zeros_like(hidden)
@@ -215,7 +232,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        grad_hidden, grad_weight = ctx.gradients
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # held once: not copied
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
@@ -343,16 +360,9 @@ def fingerprint(model, data_sha256, block_size):
 @torch.no_grad()
 def score_batch(model, x, y, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
-    hidden = model(x).flatten(0, 1)  # (B * T, C)
-    rows = max(1, BLOCK[x.is_cpu] // model.config.vocab_size)
-    losses, entropies = [], []
-    for h, targets in zip(hidden.split(rows), y.flatten().split(rows), strict=True):
-        logits = model.head(h).float()  # (rows, V)
-        losses.append(token_loss(logits, targets))
-        if entropy:
-            logp = logits.log_softmax(-1)  # (rows, V)
-            entropies.append(-(logp.exp() * logp).sum(-1))
-    return [torch.cat(part).view(y.shape) for part in (losses, entropies) if part]
+    hidden, targets = model(x).flatten(0, 1), y.flatten()[:, None]  # (B * T, C), (B * T, 1)
+    total, target, mean, _ = scan_head(hidden, model.lm_head.weight, targets, entropy=entropy)
+    return [(total - part).view(y.shape) for part in (target, mean)[: 1 + entropy]]
 
 
 def score_corpus(cfg, run, windows):
@@ -376,8 +386,7 @@ def score_corpus(cfg, run, windows):
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
     visits = min(windows.n, cfg.steps * cfg.batch_size)
     wanted = np.sort(permutation(windows.n, cfg.seed, 0)[:visits])
-    size = max(cfg.micro_batch, 8192 // windows.T)  # windows at once
-    parts = [wanted[i : i + size] for i in range(0, visits, size)]
+    parts = [wanted[i : i + cfg.micro_batch] for i in range(0, visits, cfg.micro_batch)]
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")
     for w in parts[run.rank :: run.world]:
