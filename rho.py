@@ -387,9 +387,10 @@ def score_corpus(cfg, run, windows):
     visits = min(windows.n, cfg.steps * cfg.batch_size)
     wanted = np.sort(permutation(windows.n, cfg.seed, 0)[:visits])
     parts = [wanted[i : i + cfg.micro_batch] for i in range(0, visits, cfg.micro_batch)]
+    parts = parts[run.rank :: run.world]  # shared out before looking: others write meanwhile
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     bar = run.bar(total=sum(map(len, parts)) * windows.T, desc="score")
-    for w in parts[run.rank :: run.world]:
+    for w in parts:
         x, y = run.put(*windows[w])
         with run.precision():
             found = score_batch(reference, x, y, entropy)

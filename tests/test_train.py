@@ -205,6 +205,17 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
     assert len(calls) == before  # nothing is scored twice
 
 
+def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
+    """One rank may have written all of its scores before the other looks at what is missing."""
+    go(cfg, "ref")
+    monkeypatch.setattr(Run, "barrier", lambda self: None)
+    for rank in (0, 1):
+        run = Run(cfg)
+        run.rank, run.world = rank, 2
+        scores = score_corpus(cfg, run, Windows(cfg, run.meta, "train"))["ref_loss"]
+    assert (~np.isnan(np.array(scores))).sum() == cfg.tokens
+
+
 def test_a_stale_score_is_never_used(cfg, tiny_data):
     """The folder's name covers the reference's weights, the corpus and the window's length."""
     go(cfg, "ref")
