@@ -9,7 +9,7 @@ import prepare_data
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "tiny"
-    prepare_data.prepare_demo(folder, seed=1, n_ref=300, n_train=24_000, n_vocab=300)
+    prepare_data.prepare_demo(folder, seed=1, n_ref=300, n_train=24_000, vocab=300)
     return folder
 
 

@@ -63,16 +63,28 @@ def test_each_rule_ranks_as_it_says():
     assert score_tokens("loss", student).tolist() == [3.0, 1.0]
     assert score_tokens("ref_loss", student, ref).tolist() == pytest.approx([-0.5, -0.1])
     assert score_tokens("ref_entropy", student, ref, entropy).tolist() == [-2.0, -1.0]
-    easy, sure = torch.tensor([[0.1, 5.0, 0.2, 9.0]]), torch.tensor([[7.0, 0.1, 0.2, 8.0]])
-    both = score_tokens("ref_both", torch.zeros(1, 4), easy, sure)  # worse of the two ranks
-    assert both.tolist() == [[-2, -2, -1, -3]]
-    assert select_tokens(both, ratio=0.25).tolist() == [[False, False, True, False]]
     once = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
     again = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
     assert once.equal(again) and once[0] != once[1]
     for select in ("excess", "ref_loss", "ref_entropy", "ref_both", "nonsense"):
         with pytest.raises(ValueError, match=select):
             score_tokens(select, student)
+
+
+def test_ref_both_selects_what_both_rules_select():
+    """The paper's intersection: the k tokens of ref_both are in the top m of either rule, and m is
+    the smallest size at which the two tops share as many."""
+    torch.manual_seed(0)
+    student, ref, entropy = torch.rand(3, 4, 25)
+    both = select_tokens(score_tokens("ref_both", student, ref, entropy), 0.5)
+    sizes = []
+    for m in range(1, 101):
+        rules = ("ref_loss", "ref_entropy")
+        tops = [select_tokens(score_tokens(r, student, ref, entropy), m / 100) for r in rules]
+        if (tops[0] & tops[1]).sum() >= 50:
+            sizes.append(m)
+            assert not (both & ~(tops[0] & tops[1])).any()
+    assert 50 < sizes[0] < 100 and both.sum() == 50
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,7 +152,7 @@ def test_trap_excess_of_zero_when_the_reference_is_the_student():
         GPT(GPTConfig(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)) for _ in "ab"
     ]
     x, y = torch.randint(50, (2, 4, 20))
-    student, ref = (rho.score_batch(m, x, y)[0] for m in models)
+    student, ref = (token_loss(m.head(m(x)), y).detach() for m in models)
     assert (student - ref).abs().mean() > 1e-3
     kept = {s: select_tokens(score_tokens(s, student, ref), 0.5) for s in ("excess", "loss")}
     assert not kept["excess"].equal(kept["loss"])
@@ -320,23 +332,26 @@ def test_unselected_tokens_give_no_gradient():
 # ---- token dynamics ------------------------------------------------------------------------------
 
 
-def test_token_dynamics_equal_a_fitted_line():
-    """The classes by numpy's own polyfit, token by token, in float64."""
+def test_token_dynamics_equal_a_line_fitted_by_hand():
+    """Least squares from its textbook formula, token by token, in plain Python."""
     rng = np.random.default_rng(0)
     start, drift = rng.uniform(0, 5, 300), rng.uniform(-1, 1, 300)
     losses = start + np.linspace(0, 1, 16)[:, None] * drift + rng.normal(0, 0.2, (16, 300))
-    classes = rho.token_dynamics(losses.astype(np.float16))
-    for token, found in zip(losses.astype(np.float16).astype(float).T, classes, strict=True):
-        change = 15 * np.polyfit(range(16), token, 1)[0]
-        easy = bool(token[-1] <= losses[-1].mean())
-        expected = "L->H" if change > 0.2 else "H->L" if change < -0.2 else ["H->H", "L->L"][easy]
-        assert rho.DYNAMICS[found] == expected
-    assert set(classes) == {0, 1, 2, 3}
+    losses = losses.astype(np.float16)
+    found = rho.token_dynamics(losses)
+    mean_last = sum(map(float, losses[-1])) / 300
+    for token, kind in zip(losses.astype(float).T.tolist(), found, strict=True):
+        mean = sum(token) / 16
+        slope = sum((x - 7.5) * (y - mean) for x, y in enumerate(token))
+        change = 15 * slope / sum((x - 7.5) ** 2 for x in range(16))
+        flat = "L->L" if token[-1] <= mean_last else "H->H"
+        assert kind == ("L->H" if change > 0.2 else "H->L" if change < -0.2 else flat)
+    assert set(found) == {"H->H", "L->H", "H->L", "L->L"}
 
 
 def test_token_dynamics_by_hand():
     losses = np.array([[4, 1, 3, 0.1], [4, 1.5, 2, 0.2], [4, 2, 1, 0.1]])
-    assert [rho.DYNAMICS[c] for c in rho.token_dynamics(losses)] == list(rho.DYNAMICS)
+    assert rho.token_dynamics(losses).tolist() == ["H->H", "L->H", "H->L", "L->L"]
 
 
 def test_import_has_no_side_effects(tmp_path):
