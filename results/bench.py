@@ -197,12 +197,15 @@ def compile_ratios():
 def score_ratios():
     """Scoring from disk to disk against the same model's forward over the same batches."""
     model, x, y = make("6x384")
+    run = rho.Run.__new__(rho.Run)  # a processor, float32: no data needed
+    run.device, run.cuda, run.precision = torch.device("cpu"), False, contextlib.nullcontext()
 
     def forward():
         with torch.no_grad():
             model.head(model(x))
 
-    yield "score_rate_over_forward", interleaved(forward, lambda: rho.score_batch(model, x, y), 7)
+    ours = lambda: rho.score_batch(run, model, (x, y))  # noqa: E731
+    yield "score_rate_over_forward", interleaved(forward, ours, 7)
 
 
 def generate_ratios():
@@ -221,25 +224,37 @@ def transformers_ratios():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = make("6x384")[0].eval()
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(model, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder)
-    for size in (32, 128):
-        prompts = torch.randint(50304, (size, 64))
-        how = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        how |= {"attention_mask": torch.ones_like(prompts)}
-        said = []
+    for shape, new in (("demo", 64), ("6x384", 128)):
+        model = make(shape)[0].eval()
+        with tempfile.TemporaryDirectory() as folder:
+            save_hf(model, folder)
+            theirs = AutoModelForCausalLM.from_pretrained(folder)
+        for size in (32, 128):
+            prompts = torch.randint(model.config.vocab_size, (size, 64))
+            how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+            how |= {"eos_token_id": None, "attention_mask": torch.ones_like(prompts)}
+            said = []
 
-        def ours(prompts=prompts, said=said):
-            said.append(generate(model, prompts.tolist(), 128))
+            def ours(prompts=prompts, said=said, model=model, new=new):
+                said.append(generate(model, prompts.tolist(), new))
 
-        def other(prompts=prompts, how=how, said=said):
-            said.append(theirs.generate(prompts, **how)[:, 64:].tolist())
+            def other(prompts=prompts, how=how, said=said, theirs=theirs):
+                said.append(theirs.generate(prompts, **how)[:, 64:].tolist())
 
-        ratio, low, high = interleaved(ours, other, 3)
-        assert all(words == said[0] for words in said), "not the same tokens"
-        yield f"generate_rate_over_transformers {size} rows", (1 / ratio, 1 / high, 1 / low)
+            def products(model=model, new=new, size=size):
+                weights = [p for p in model.parameters() if p.dim() == 2][1:]  # no embedding
+                inputs = [torch.ones(size, weight.shape[1]) for weight in weights]
+                for _ in range(new):
+                    for x, weight in zip(inputs, weights, strict=True):
+                        F.linear(x, weight)
+
+            ratio, low, high = interleaved(ours, other, 5)
+            assert all(words == said[0] for words in said), "not the same tokens"
+            name = f"{size} rows {shape}"
+            yield f"generate_rate_over_transformers {name}", (1 / ratio, 1 / high, 1 / low)
+            name = f"share of generate: the new tokens' matrix products {name}"
+            with torch.inference_mode():
+                yield name, interleaved(products, ours, 3)
 
 
 def tokenise_ratios():
@@ -318,7 +333,7 @@ def main(wanted):
     groups = {
         "step demo": lambda: step_ratios("demo", 15),
         "step 6x384": lambda: step_ratios("6x384", 7),
-        "step 12x768": lambda: step_ratios("12x768", 3),
+        "step 12x768": lambda: step_ratios("12x768", 2),
         "compile": compile_ratios,
         "loss": loss_ratios,
         "peak": peak_ratios,

@@ -1,51 +1,165 @@
 """Draw every picture, and write every table of the README, from logs alone.
 
-    python results/figures.py out/demo    one set of runs: its table, and out/demo/demo.png
+    python results/figures.py out/demo    one set of runs: its table, picture and page of tokens
     python results/figures.py             the published logs: pictures, summary.json, README tables
-    python results/figures.py tokens out/demo    the page of coloured tokens, of --stage dynamics
+    python results/figures.py commands    the commands that made the published logs, one job a line
+    python results/figures.py collect     their logs, and seed 1's looks, into results/runs
 
 rho.py computes, this file draws; no number in the README is typed by hand.
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
+KINDS = {0: "target text", 6: "a slip: the wrong number itself", 1: "what follows a slip"}
+KINDS |= {2: "chatter", 3: "article", 4: "furniture", 5: "noise"}  # as in prepare_data.py, but 6
 ARMS = {  # run: (label, color)
     "ref": ("reference (clean text only)", "#2b6cb0"),
     "clm": ("CLM: all tokens", "#8a8f98"),
     "slm-random": ("random tokens", "#d6a03a"),
     "slm": ("SLM: selected tokens", "#c8372d"),
+    "slm-oracle": ("oracle: target tokens", "#4a9a5b"),
 }
 TITLES = {
     "right": "questions answered right, %",
     "val_loss": "loss on held-out target text, nats",
     "val_corpus_loss": "loss on held-out corpus text, nats",
 }
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval of n values
+LONG, SHORT = "--tokens 2000000 --evals 20", "--evals 3"
+LR = {900_000: ("3.75e-4", "5e-4", "7.5e-4", "1e-3", "1.5e-3", "3e-3")}
+LR |= {2_000_000: ("5e-4", "1e-3")}  # 7.5e-4 is the main table's
+DIRT = [(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1), (0.75, 3), (0.75, 6)]  # wrong, dirty
+REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
+    "1500": ("0.3 x clean text", ""),
+    "15000": ("3 x clean text", ""),
+    "small": ("smaller: 2 x 64", "--n_layer 2 --n_embd 64 --n_inner 192 --n_head 2 --n_kv_head 2"),
+    "large": ("larger: 3 x 192", "--n_embd 192 --n_inner 576"),
+}
+VARIANTS = {  # a change of results/variants/NAME.diff: (what it does, flags)
+    "soft": ("every token, weighted by sigmoid(2 x excess)", ""),
+    "falling": ("share kept falls from 100 % to 30 %", " --ratio 0.3"),
+    "averaged": ("two references, their losses averaged", ""),
+    "sure": ("excess, where the reference is below 1 nat", ""),
+    "absolute": ("excess without its sign: a mistake", ""),
+}
+RULES = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
+SELF = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
+
+
+def commands():
+    """Every published run as a shell line; lines are independent once those of `main` are done."""
+
+    def rho(name, flags, seed, data="demo"):
+        places = f"--data data/{data} --out out/seed{seed} --seed {seed} --name {name}"
+        return f"python rho.py {places} {flags}"
+
+    for seed in (1, 2, 3, 4, 5):
+        long = {"clm": "--stage clm", "slm": "--stage slm"}
+        long |= {f"slm-{rule}": f"--stage slm --select {rule}" for rule in ("random", "oracle")}
+        arms = [rho(name, f"{flags} {LONG}", seed) for name, flags in long.items()]
+        yield " && ".join([rho("ref", "--stage ref", seed), *arms])
+    for seed in (1, 2, 3):
+        slm = f"--stage slm {SHORT}"
+        for ratio in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0):
+            yield rho(f"ratio-{ratio}", f"{slm} --ratio {ratio}", seed)
+        for threshold in (0.0, 0.5, 1.0) if seed < 3 else ():
+            yield rho(f"threshold-{threshold}", f"{slm} --threshold {threshold}", seed)
+    for tokens, rates in LR.items():
+        for lr in rates:
+            yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
+    for seed in (1, 2):
+        known = f"--stage slm {SHORT} --reference out/seed{seed}"
+        for wrong, dirty in DIRT:
+            if (wrong, dirty) != (0.75, 1):
+                data = f"w{wrong}-d{dirty}"
+                made = f"--wrong {wrong} --dirty {dirty} --max_tokens 1e6 --out data/{data}"
+                arms = [rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data)]
+                arms += [rho(f"{data}-slm", f"{known}/ref.pt", seed, data)]
+                yield " && ".join([f"python prepare_data.py {made}", *arms])
+        for size in (1, 2, 4):
+            yield rho(f"scope-{size}", f"--stage slm {SHORT} --micro_batch {size}", seed)
+    for seed in (1,):
+        known = f"--stage slm {SHORT} --reference out/seed{seed}"
+        for name, (_, shape) in REFERENCES.items():
+            data = "demo" if shape else f"ref{name}"
+            made = "" if shape else f"python prepare_data.py --n_ref {name} --out data/{data} && "
+            ref = rho(f"ref-{name}", f"--stage ref {SHORT} {shape}".strip(), seed, data)
+            yield f"{made}{ref} && {rho(f'slm-ref-{name}', f'{known}/ref-{name}.pt', seed)}"
+    yield "python rho.py --out out/seed1 --seed 1 --stage dynamics"
+    for seed in (1, 2, 3):
+        slm, other = f"--stage slm {SHORT}", seed % 3 + 1
+        for ratio in (0.5, 0.7):
+            yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
+        for rule in RULES:
+            yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
+        for ratio in (0.6, 0.7, 0.8):  # the reference: plain training on the corpus itself
+            flags = f"{slm} --ratio {ratio} --reference out/seed{other}/ratio-1.0.pt --select"
+            for rule in SELF:
+                yield rho(f"self-{rule}-{ratio}", f"{flags} {rule}", seed)
+    for name, (_, flags) in VARIANTS.items():
+        made = f"mkdir -p out/{name} && cp *.py out/{name}"
+        made += f" && git apply --directory=out/{name} results/variants/{name}.diff"
+        runs = []
+        for seed in (1, 2, 3):
+            known = ",".join(f"out/seed{s}/ref.pt" for s in (seed, seed % 3 + 1))
+            known = f" --reference {known}" if name == "averaged" else ""
+            flags_here = f"--stage slm {SHORT}{flags}{known}"
+            run = rho(f"variant-{name}", flags_here, seed)
+            runs.append(run.replace("rho.py", f"out/{name}/rho.py"))
+        yield " && ".join([made, *runs])
+
+
+def read_log(path):
+    """The records of a log: the first says what was run, the others what came of it."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def read_logs(folder):
-    """{run: records} of a folder, in the order of ARMS; the first record says what was run."""
-    logs = {}
-    for run in ARMS:
-        path = Path(folder) / f"{run}.jsonl"
-        if path.exists():
-            logs[run] = [json.loads(line) for line in path.read_text().splitlines()]
+    """{run: records} of the arms in a folder, in the order of ARMS."""
+    paths = {run: Path(folder) / f"{run}.jsonl" for run in ARMS}
+    logs = {run: read_log(path) for run, path in paths.items() if path.exists()}
     if "clm" not in logs:
         print(f"{folder}/clm.jsonl not found. Run: python rho.py", file=sys.stderr)
         sys.exit(2)
     return logs
 
 
-def points(records, key):
-    """[(million tokens seen, value)]; `right` in percent."""
-    rows = [r for r in records[1:] if key in r]
-    return [(r["tokens"] / 1e6, 100 * r[key] / r["questions"] if key == "right" else r[key])
-            for r in rows]  # fmt: skip
+def published(run):
+    """[records] of a published run, by seed."""
+    return [read_log(path) for path in sorted(HERE.glob(f"runs/seed*/{run}.jsonl"))]
+
+
+def value(record, key):
+    """What a look found; `right` in percent."""
+    return 100 * record[key] / record["questions"] if key == "right" else record[key]
+
+
+def ends(run, key):
+    return [value(records[-1], key) for records in published(run)]
+
+
+def deviation(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values, digits=1):
+    """mean ± standard deviation over seeds; of a single seed only the value."""
+    sd = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{sd}"
+
+
+def interval(values):
+    """Mean and 95 % interval (Student's t) of paired differences."""
+    mean = statistics.mean(values)
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def passed(logs, key):
@@ -56,12 +170,9 @@ def passed(logs, key):
 
 
 def rows(logs):
-    """The table of a set of runs, its head first; every cell a text."""
-    asked = "right" in logs["clm"][-1]
-    yield ["arm", "tokens seen", "trained on", "target loss", "corpus loss"] + [
-        *(["answers right"] if asked else []),
-        "seconds",
-    ]
+    """The table of one set of runs, its head first; every cell a text."""
+    asked = ["answers right"] if "right" in logs["clm"][-1] else []
+    yield ["arm", "tokens seen", "trained on", "target loss", "corpus loss", *asked, "seconds"]
     for run, records in logs.items():
         r = records[-1]
         cells = [ARMS[run][0], f"{r['tokens']:,}", f"{r['trained']:,}"]
@@ -80,57 +191,422 @@ def sentences(logs):
             yield f"slm passed clm's {named[key]} {end}"
 
 
-def curves(logs, path):
-    """Accuracy, where questions were asked, and held-out losses against tokens seen, by arm."""
+def main_rows():
+    """The README's first table: means over the seeds."""
+    yield ["arm", "tokens seen", "trained on", "target loss", "answers right, %"]
+    for run in ARMS:
+        last = [records[-1] for records in published(run)]
+        trained = statistics.mean(r["trained"] for r in last)
+        cells = [ARMS[run][0], f"{last[0]['tokens']:,}", f"{trained:,.0f}"]
+        yield [*cells, spread(ends(run, "val_loss"), 3), spread(ends(run, "right"))]
+
+
+def by_seed():
+    """{"gain": [points], "right": [times fewer], "val_loss": ..., "over_ref": [points], ...}"""
+    found = {"gain": [], "over_ref": [], "right": [], "val_loss": [], "seconds": [], "all": []}
+    runs = {run: published(run) for run in ("ref", "clm", "slm")}
+    for ref, clm, slm in zip(*runs.values(), strict=True):
+        logs = {"clm": clm, "slm": slm}
+        found["gain"].append(value(slm[-1], "right") - value(clm[-1], "right"))
+        found["over_ref"].append(value(slm[-1], "right") - value(ref[-1], "right"))
+        for key in ("right", "val_loss"):
+            found[key].append(passed(logs, key)[1])
+        there = next(r for r in slm if r.get("tokens", 0) >= passed(logs, "right")[0])
+        scoring = clm[-1]["seconds"] / 3  # a forward pass is a third of a step
+        found["seconds"].append(clm[-1]["seconds"] / there["seconds"])
+        found["all"].append(clm[-1]["seconds"] / (there["seconds"] + ref[-1]["seconds"] + scoring))
+    return found
+
+
+def main_words():
+    """What the main table shows, in words."""
+    found, n = by_seed(), len(published("slm"))
+    gain, low, high = interval(found["gain"])
+    sure = f"(paired over {n} seeds, 95 % interval {low:.1f} to {high:.1f})"
+    yield f"SLM is **{gain:.1f} points** above CLM {sure}"
+    times = f"**{spread(found['right'])} times fewer tokens** by accuracy"
+    loss = f"{spread(found['val_loss'])} times fewer by held-out loss"
+    yield f"it is where CLM ends after {times}, {loss}"
+    over, low, high = interval(found["over_ref"])
+    yield f"over its reference the student is {over:+.1f} points ({low:+.1f} to {high:+.1f})"
+    yield f"in seconds, SLM reaches CLM's end {spread(found['seconds'])} times sooner"
+    yield f"{spread(found['all'])} with the reference's training and the scoring counted in"
+
+
+def clm_at(key):
+    return ends("ratio-1.0", key)
+
+
+def sweep_rows(head, runs):
+    """A table of short runs: {label: run}, and what each gains over CLM of the same length."""
+    yield [head, "target loss", "answers right, %", "points over CLM"]
+    for label, run in runs.items():
+        gains = [a - b for a, b in zip(ends(run, "right"), clm_at("right"), strict=False)]
+        cells = [label, spread(ends(run, "val_loss"), 3), spread(ends(run, "right"))]
+        yield [*cells, spread(gains)]
+
+
+def ratio_runs():
+    runs = {"100 % (CLM)": "ratio-1.0"}
+    runs |= {f"{100 * r:.0f} %": f"ratio-{r}" for r in (0.8, 0.7, 0.6, 0.5, 0.4, 0.2)}
+    return runs | {f"excess above {t}": f"threshold-{t}" for t in (0.0, 0.5, 1.0)}
+
+
+def scope_runs():
+    named = {"scope-1": "a window", "scope-2": "2 windows", "scope-4": "4 windows"}
+    return {label: run for run, label in named.items()} | {"8 windows (batch)": "ratio-0.5"}
+
+
+def variant_runs():
+    runs = {"CLM": "ratio-1.0", "random": "random-0.5", "excess (SLM)": "ratio-0.5"}
+    runs |= {label: f"rule-{rule}" for rule, label in RULES.items()}
+    return runs | {label: f"variant-{name}" for name, (label, _) in VARIANTS.items()}
+
+
+def self_runs():
+    runs = {"CLM": "ratio-1.0", "random, 70 %": "random-0.7"}
+    ways = [(rule, ratio) for rule in SELF for ratio in (0.6, 0.7, 0.8)]
+    return runs | {f"{SELF[r]}, {100 * k:.0f} %": f"self-{r}-{k}" for r, k in ways}
+
+
+def dirt_cells():
+    """[(wrong, dirty, share of tokens that are target, CLM's values, SLM's values)]"""
+    shares = json.loads((HERE / "runs" / "shares.json").read_text())
+    for wrong, dirty in DIRT:
+        cell = f"w{wrong}-d{dirty}"
+        names = ("ratio-1.0", "ratio-0.5") if cell == "w0.75-d1" else (f"{cell}-clm", f"{cell}-slm")
+        yield wrong, dirty, shares["demo" if cell == "w0.75-d1" else cell], *names
+
+
+def dirt_rows():
+    yield [
+        "wrong answers",
+        "dirt per problem",
+        "target tokens",
+        "CLM right, %",
+        "SLM right, %",
+        "points",
+        "target loss, SLM minus CLM",
+    ]
+    for wrong, dirty, share, clm, slm in dirt_cells():
+        gains = [a - b for a, b in zip(ends(slm, "right"), ends(clm, "right"), strict=True)]
+        losses = [a - b for a, b in zip(ends(slm, "val_loss"), ends(clm, "val_loss"), strict=True)]
+        cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %"]
+        cells += [spread(ends(clm, "right")), spread(ends(slm, "right"))]
+        yield [*cells, spread(gains), spread(losses, 3)]
+
+
+def reference_rows():
+    yield [
+        "reference",
+        "its target loss",
+        "its answers right, %",
+        "student right, %",
+        "points over CLM",
+    ]
+    for ref, slm, label in [
+        ("ref", "ratio-0.5", "as published"),
+        *((f"ref-{n}", f"slm-ref-{n}", label) for n, (label, _) in REFERENCES.items()),
+    ]:
+        gains = [a - b for a, b in zip(ends(slm, "right"), clm_at("right"), strict=False)]
+        known = [ends(ref, "val_loss")[: len(gains)], ends(ref, "right")[: len(gains)]]
+        cells = [label, spread(known[0], 3), spread(known[1]), spread(ends(slm, "right"))]
+        yield [*cells, spread(gains)]
+
+
+def lr_rows():
+    yield ["tokens", "learning rate", "CLM's target loss", "answers right, %"]
+    found = [read_log(path) for path in (HERE / "runs").glob("seed1/lr*.jsonl")]
+    found.append(published("clm")[0])
+    for records in sorted(found, key=lambda r: (r[-1]["tokens"], r[0]["config"]["lr"])):
+        r = records[-1]
+        rate = f"{records[0]['config']['lr']:g}"
+        yield [f"{r['tokens']:,}", rate, f"{r['val_loss']:.3f}", f"{value(r, 'right'):.1f}"]
+
+
+def collect():
+    """Copy the logs of `commands` to results/runs; pack a seed's looks; note the data's shares."""
+    for path in Path("out").glob("seed*/*.jsonl"):
+        copy = HERE / "runs" / path.relative_to("out")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    np.savez_compressed(HERE / "runs" / "seed1" / "looks.npz", **read_looks("out/seed1"))
+    kinds = {path.parent.name: np.load(path) for path in sorted(Path("data").glob("*/kinds.npz"))}
+    shares = {name: round(float((k["train"] == 0).mean()), 4) for name, k in kinds.items()}
+    (HERE / "runs" / "shares.json").write_text(json.dumps(shares, indent=1) + "\n")
+
+
+def plots():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    keys = [key for key in TITLES if key in logs["clm"][-1]][:2]
-    fig, axes = plt.subplots(1, len(keys), figsize=(10, 3.8), constrained_layout=True)
+    return plt
+
+
+def save(fig, axes, path):
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=110)
+    plots().close(fig)
+
+
+def curves(runs, path, keys=("right", "val_loss")):
+    """Accuracy, where questions were asked, and held-out loss against tokens seen, by arm.
+
+    runs: {arm: [records by seed]}; a line is the mean, a band one standard deviation.
+    """
+    keys = [key for key in keys if key in runs["clm"][0][-1]]
+    keys += ["val_corpus_loss"] * (len(keys) < 2)
+    fig, axes = plots().subplots(1, len(keys), figsize=(10, 3.8), constrained_layout=True)
     for ax, key in zip(axes, keys, strict=True):
-        for run, records in logs.items():
+        for run, seeds in runs.items():
             label, color = ARMS[run]
-            x, y = zip(*points(records, key), strict=True)
+            x = [r["tokens"] / 1e6 for r in seeds[0][1:]]
+            looks = [
+                [value(look, key) for look in at]
+                for at in zip(*(s[1:] for s in seeds), strict=True)
+            ]
+            mean = [statistics.mean(look) for look in looks]
+            sd = [deviation(look) for look in looks]
             if run == "ref":  # it sees other text: only where it ends can be compared
-                ax.axhline(y[-1], ls=":", color=color, label=label)
-            else:
-                ax.plot(x, y, "o-", ms=3, color=color, label=label)
+                ax.axhline(mean[-1], ls=":", color=color, label=label)
+                continue
+            ax.plot(x, mean, color=color, label=label)
+            low, high = ([m + sign * d for m, d in zip(mean, sd, strict=True)] for sign in (-1, 1))
+            ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
             if run == "clm":
-                ax.axhline(y[-1], ls="--", lw=0.8, color=color)
+                ax.axhline(mean[-1], ls="--", lw=0.8, color=color)
         ax.set_title(TITLES[key], fontsize=10)
         ax.set_xlabel("tokens seen, millions")
-        ax.spines[["top", "right"]].set_visible(False)
+        if key != "right":
+            ax.set_ylim(top=min(1.5, max(mean)))
     axes[0].legend(frameon=False, fontsize=9)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, axes, path)
+
+
+def sweeps(path):
+    """Where selection pays: by ratio, by wrong answers, by dirt, by reference (mean and sd)."""
+    fig, axes = plots().subplots(1, 4, figsize=(12, 3.2), constrained_layout=True, sharey=True)
+    clm, slm = ARMS["clm"][1], ARMS["slm"][1]
+
+    def line(ax, x, names, color, label):
+        mean = [statistics.mean(ends(name, "right")) for name in names]
+        sd = [deviation(ends(name, "right")) for name in names]
+        ax.errorbar(x, mean, sd, fmt="o-", color=color, ms=3, capsize=2, label=label)
+
+    ratios = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+    line(axes[0], [100 * r for r in ratios], [f"ratio-{r}" for r in ratios], slm, "SLM")
+    axes[0].set_title("tokens selected, % (100: CLM)", fontsize=9)
+    cells = list(dirt_cells())
+    for ax, at, title in (
+        (axes[1], [c for c in cells if c[1] == 1], "wrong answers, % (1 piece of dirt)"),
+        (axes[2], [c for c in cells if c[0] == 0.75], "tokens that are not target, % (75 % wrong)"),
+    ):
+        x = [100 * c[0] if ax is axes[1] else 100 * (1 - c[2]) for c in at]
+        line(ax, x, [c[3] for c in at], clm, "CLM")
+        line(ax, x, [c[4] for c in at], slm, "SLM")
+        ax.set_title(title, fontsize=9)
+    known = [("ref", "ratio-0.5"), *((f"ref-{n}", f"slm-ref-{n}") for n in REFERENCES)]
+    known.sort(key=lambda pair: statistics.mean(ends(pair[0], "right")[:3]))
+    x = [statistics.mean(ends(ref, "right")[:3]) for ref, _ in known]
+    line(axes[3], x, [run for _, run in known], slm, "SLM")
+    axes[3].axhline(statistics.mean(clm_at("right")), color=clm, ls="--", label="CLM")
+    axes[3].set_title("right answers of the reference, %", fontsize=9)
+    axes[0].set_ylabel("answers right, %")
+    axes[1].legend(frameon=False, fontsize=9)
+    save(fig, axes, path)
+
+
+def read_looks(folder):
+    """The losses of the same held-out corpus tokens at every look of the runs in a folder.
+
+    {run: (looks, N) nats, run + " seen": tokens seen at each look, "text": token ids (N,), "kinds":
+    (N,) index of KINDS or empty}; runs are ref, clm, slm, dynamics-clm and dynamics-slm.
+    """
+    if (Path(folder) / "looks.npz").exists():
+        return dict(np.load(Path(folder) / "looks.npz"))
+    looks = {}
+    for run in ("ref", "clm", "slm", "dynamics-clm", "dynamics-slm"):
+        if (log := Path(folder) / f"{run}.jsonl").exists():
+            first, *records = read_log(log)
+            paths = [Path(folder) / run / f"{r['step']}.npy" for r in records]
+            looks[run] = np.stack([np.load(path).flatten() for path in paths])
+            looks[f"{run} seen"] = np.array([r["tokens"] for r in records])
+    n, data = looks["ref"].shape[1], Path(first["config"]["data"])
+    kinds = np.load(data / "kinds.npz") if (data / "kinds.npz").exists() else {}
+    looks["kinds"] = kinds["val_corpus"][1 : n + 1] if kinds else np.empty(0)
+    dtype = json.loads((data / "meta.json").read_text())["dtype"]
+    looks["text"] = np.fromfile(data / "val_corpus.bin", dtype)[1 : n + 1]
+    for i in np.flatnonzero(looks["kinds"] == 1):  # the demo's digits are the tokens of their bytes
+        if chr(looks["text"][i]).isdigit() and (i == 0 or looks["kinds"][i - 1] != 1):
+            looks["kinds"][i] = 6
+    return looks
+
+
+def kept(looks, run, ratio):
+    """What the rule would keep of the looks' tokens, by excess over the reference (looks, N)."""
+    excess = looks[run].astype(float) - looks["ref"][-1]
+    return excess >= np.quantile(excess, 1 - ratio, axis=1, keepdims=True)
+
+
+def looks_picture(looks, logs, path):
+    """Kept and left-out tokens through training: the paper's Figs. 6, 8 and 7, and their kinds.
+
+    Fig. 7 is a line of accuracy on the logarithm of the loss, over both arms; r is its correlation.
+    """
+    fig, axes = plots().subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
+    seen = looks["slm seen"] / 1e6
+    mine = kept(looks, "slm", logs["slm"][0]["config"]["ratio"])
+    ways = {"kept": mine[-1], "left out": ~mine[-1]}
+    for ax, (way, tokens) in zip(axes[1], ways.items(), strict=False):
+        found = {run: looks[run][:, tokens].mean(1, dtype=float) for run in ("clm", "slm")}
+        right = {run: [value(r, "right") for r in logs[run][1:]] for run in found}
+        for run, losses in found.items():
+            label, style = f"{run.upper()}: {way}", "-" if way == "kept" else "--"
+            axes[0, 0].plot(seen, losses, style, color=ARMS[run][1], label=label)
+            ax.plot(losses[2:], right[run][2:], "o", ms=3, color=ARMS[run][1], label=run.upper())
+        x = np.log(np.concatenate([losses[2:] for losses in found.values()]))
+        y = np.concatenate([right[run][2:] for run in found])
+        slope, start = np.polyfit(x, y, 1)
+        line = np.linspace(x.min(), x.max(), 50)
+        label = f"r = {np.corrcoef(x, y)[0, 1]:.2f}"
+        ax.plot(np.exp(line), slope * line + start, ":", color="black", label=label)
+        ax.set_xlabel(f"loss on tokens {way}, nats")
+        ax.set_title(f"answers right, %, against loss on tokens {way}", fontsize=9)
+    axes[0, 0].set(yscale="log")
+    axes[0, 0].set_title("loss on tokens that SLM keeps at the end, nats", fontsize=9)
+    for i in np.linspace(1, len(seen) - 1, 4).astype(int):
+        perplexity = np.exp(looks["slm"][1:, mine[i]].mean(1, dtype=float))
+        axes[0, 1].plot(seen[1:], perplexity, label=f"kept at {seen[i]:.1f} M")
+    axes[0, 1].set_title("SLM: perplexity of what was kept when", fontsize=9)
+    for kind, name in KINDS.items():
+        axes[0, 2].plot(seen, 100 * mine[:, looks["kinds"] == kind].mean(1), label=name)
+    axes[0, 2].set_title("SLM: % kept, by what the generator wrote", fontsize=9)
+    for run in ("clm", "slm"):
+        for name, tokens in {"target": looks["kinds"] == 0, "slip": looks["kinds"] == 6}.items():
+            excess = (looks[run].astype(float) - looks["ref"][-1])[:, tokens].mean(1)
+            style = "-" if name == "target" else "--"
+            label = f"{run.upper()}: {name}"
+            axes[1, 2].plot(seen[1:], excess[1:], style, color=ARMS[run][1], label=label)
+    axes[1, 2].set_title("mean excess loss, nats", fontsize=9)
+    for ax in axes.flat:
+        ax.legend(frameon=False, fontsize=7)
+    for ax in (*axes[0], axes[1, 2]):
+        ax.set_xlabel("tokens seen, millions")
+    save(fig, axes.flat, path)
+
+
+def kinds_rows(looks, ratio):
+    """Which kinds of token the rule keeps, at an early look, halfway and at the end."""
+    mine, seen = kept(looks, "slm", ratio), looks["slm seen"]
+    at = [len(seen) // 10, len(seen) // 2, len(seen) - 1]
+    yield ["kind of token", "share of tokens", *(f"kept at {seen[i] / 1e6:.1f} M" for i in at)]
+    for kind, name in KINDS.items():
+        of = looks["kinds"] == kind
+        yield [name, f"{of.mean():.0%}", *(f"{mine[i, of].mean():.0%}" for i in at)]
+    target = looks["kinds"] == 0
+    yield ["precision of target", "", *(f"{target[mine[i]].mean():.0%}" for i in at)]
+
+
+CLASSES = {"H->H": "11 %", "L->H": "12 %", "H->L": "26 %", "L->L": "51 %"}  # paper, 1 B
+
+
+def dynamics(looks, run):
+    """({class: mask (N,)}, losses (looks, N)) of a run; section 2.1 of the paper."""
+    sys.path.insert(0, str(HERE.parent))
+    from rho import token_dynamics
+
+    losses = looks[run].astype(float)
+    found = token_dynamics(losses)
+    return {name: found == name for name in CLASSES}, losses
+
+
+def dynamics_rows(looks):
+    """Shares of the four classes, and their mean loss at the first look and at the last."""
+    runs = [dynamics(looks, run) for run in ("dynamics-clm", "dynamics-slm")]
+    heads = [f"{arm}: {what}" for arm in ("CLM", "SLM") for what in ("share", "mean loss")]
+    yield ["class", "paper: share", *heads]
+    for name, share in CLASSES.items():
+        cells = [name.replace("->", "→"), share]
+        for classes, losses in runs:
+            mine = losses[:, classes[name]].mean(1) if classes[name].any() else [np.nan]
+            cells += [f"{classes[name].mean():.0%}", f"{mine[0]:.2f} → {mine[-1]:.2f}"]
+        yield cells
+
+
+def dynamics_picture(looks, path):
+    """Mean loss by class in both runs, and single tokens that move most about their line."""
+    fig, axes = plots().subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    colors = dict(zip(CLASSES, ("#c8372d", "#d6a03a", "#2b6cb0", "#4a9a5b"), strict=True))
+    for ax, run in zip(axes, ("dynamics-clm", "dynamics-slm"), strict=False):
+        classes, losses = dynamics(looks, run)
+        seen = looks[f"{run} seen"] / 1e6
+        for name, mine in classes.items():
+            label = f"{name.replace('->', '→')}  {mine.mean():.0%}"
+            if mine.any():
+                ax.plot(seen, losses[:, mine].mean(1), color=colors[name], label=label)
+        ax.set_title(f"{run[-3:].upper()}: mean loss by class, nats", fontsize=9)
+        ax.legend(frameon=False, fontsize=7)
+    classes, losses = dynamics(looks, "dynamics-clm")
+    for name in ("H->H", "L->L"):
+        mine = np.flatnonzero(classes[name])
+        for token in mine[np.argsort(-losses[:, mine].std(0))][:4]:
+            axes[2].plot(seen, losses[:, token], color=colors[name], lw=0.9)
+    axes[2].set_title("CLM: single tokens, H→H (red) and L→L (green), nats", fontsize=9)
+    for ax in axes:
+        ax.set_xlabel("tokens seen, millions")
+    save(fig, axes, path)
+
+
+def token_page(folder, n=2048):
+    """out/.../tokens.html: the first n held-out corpus tokens, at each look; needs no network."""
+    sys.path.insert(0, str(HERE.parent))
+    from prepare_data import get_tokenizer
+    from rho import token_dynamics
+
+    looks, config = read_looks(folder), read_log(Path(folder) / "slm.jsonl")[0]["config"]
+    spec = json.loads((Path(config["data"]) / "meta.json").read_text())["tokenizer"]
+    encoding, classes = get_tokenizer(spec), ["H->H", "L->H", "H->L", "L->L"]
+    words = [encoding.decode([token], errors="replace") for token in looks["text"][:n].tolist()]
+    cents = lambda losses: np.round(100 * losses.astype(float)).astype(int).tolist()  # noqa: E731
+    data = {"text": words, "end": encoding.decode([spec["eot"]]), "classes": classes, "runs": {}}
+    data |= {"ref": cents(looks["ref"][-1, :n]), "labels": {"slm": "SLM", "clm": "CLM"}}
+    if len(looks["kinds"]):
+        data |= {"kind": looks["kinds"][:n].tolist(), "kinds": KINDS}
+    for run in ("slm", "clm"):
+        losses, ratio = looks[run].astype(float), config["ratio"] or 0.5  # by threshold: a half
+        lowest = np.quantile(losses - looks["ref"][-1], 1 - ratio, axis=1)
+        moves = [classes.index(c) for c in token_dynamics(losses)[:n]] if len(losses) > 1 else []
+        data["runs"][run] = {
+            "loss": cents(losses[:, :n]),
+            "cut": lowest.tolist(),
+            "dynamics": moves,
+        }
+        data["tokens"] = looks[f"{run} seen"].tolist()
+    safe = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = (HERE / "tokens_template.html").read_text().replace("@DATA@", safe)
+    (Path(folder) / "tokens.html").write_text(page)
+    return Path(folder) / "tokens.html"
 
 
 def growth(path):
     """Tokens per second, and peak memory, of --stage slm against one size at a time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = [json.loads(line) for line in (HERE / "growth.jsonl").read_text().splitlines()]
+    records = read_log(HERE / "growth.jsonl")
     axes_of = dict.fromkeys(r["axis"] for r in records)
     titles = {"tokens_per_s": "tokens per second", "gib": "peak memory, GiB"}
-    fig, axes = plt.subplots(2, len(axes_of), figsize=(10, 4.4), sharex="col", sharey="row")
+    size = {"figsize": (10, 4.4), "sharex": "col", "sharey": "row", "constrained_layout": True}
+    fig, axes = plots().subplots(2, len(axes_of), **size)
     for column, axis in zip(axes.T, axes_of, strict=True):
         mine = [r for r in records if r["axis"] == axis]
         for ax, (key, title) in zip(column, titles.items(), strict=True):
             ax.plot([r[axis] for r in mine], [r[key] for r in mine], "o-", color="#c8372d")
-            ax.set_xscale("log")
-            ax.set_yscale("log")
-            ax.spines[["top", "right"]].set_visible(False)
+            ax.set(xscale="log", yscale="log")
             if axis == "width":
                 ax.set_ylabel(title, fontsize=9)
         column[1].set_xlabel(axis + (", tokens" if axis in ("context", "corpus") else ""))
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, axes.flat, path)
 
 
 def on_paper():
@@ -151,149 +627,10 @@ def on_paper():
         yield [stage, *(f"{hours / n:.1f} h" for n in (1, 8, 32))]
 
 
-def read_looks(folder):
-    """What --stage dynamics left in a folder: the runs' logs, losses and classes; the corpus text.
-
-    Returns {run: (records, losses (looks, N) in nats)}, reference losses (N,), a dict about the
-    text: its tokens (N,), their kinds (N,) or None, meta. N held-out tokens, float32.
-    """
-    sys.path.insert(0, str(HERE.parent))
-    folder, runs = Path(folder), {}
-    if not (folder / "dynamics.ref_loss.f16").exists():
-        print(f"{folder}: no looks at tokens. Run: python rho.py --stage dynamics", file=sys.stderr)
-        sys.exit(2)
-    ref_loss = np.fromfile(folder / "dynamics.ref_loss.f16", np.float16).astype(np.float32)
-    for run in ("slm", "clm"):
-        lines = (folder / f"dynamics-{run}.jsonl").read_text().splitlines()
-        losses = np.fromfile(folder / f"dynamics-{run}.losses.f16", np.float16)
-        runs[run] = list(map(json.loads, lines)), losses.reshape(-1, len(ref_loss)).astype(float)
-    data = Path(runs["slm"][0][0]["config"]["data"])
-    meta, kinds = json.loads((data / "meta.json").read_text()), data / "val_corpus.kind.bin"
-    text = {
-        "meta": meta,
-        "kinds": None,
-        "tokens": np.fromfile(data / "val_corpus.bin", meta["dtype"]),
-    }
-    text["tokens"] = text["tokens"][1 : 1 + len(ref_loss)]
-    if kinds.exists():
-        text["kinds"] = np.fromfile(kinds, np.uint8)[1 : 1 + len(ref_loss)]
-    return runs, ref_loss, text
-
-
-def cut(excess, ratio):
-    """The excess above which a share `ratio` of the tokens lies, at each look (looks,)."""
-    return np.quantile(excess, 1 - ratio, axis=-1)
-
-
-def dynamics_rows(looks):
-    """Shares of the four classes, and their mean loss at the first look and at the last."""
-    from rho import DYNAMICS, token_dynamics
-
-    paper = dict(zip(DYNAMICS, ("11", "12", "26", "51"), strict=True))
-    found = {run: (token_dynamics(losses), losses) for run, (_, losses) in looks[0].items()}
-    yield [
-        "class",
-        "paper, 1 B",
-        *(f"{run.upper()}, {w}" for run in found for w in ("share", "loss")),
-    ]
-    for i, name in enumerate(DYNAMICS):
-        cells = [name, f"{paper[name]} %"]
-        for classes, losses in found.values():
-            mine = losses[:, classes == i].mean(1) if (classes == i).any() else [np.nan]
-            cells += [f"{100 * (classes == i).mean():.0f} %", f"{mine[0]:.2f} → {mine[-1]:.2f}"]
-        yield cells
-
-
-def looks_picture(looks, path):
-    """Six views of the same looks: dynamics (s. 2.1), selection over training (Figs. 6 and 8)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from rho import DYNAMICS, token_dynamics
-
-    runs, ref_loss, text = looks
-    records, slm = runs["slm"]
-    seen, ratio = [r["tokens"] / 1e6 for r in records[1:]], records[0]["config"]["ratio"] or 0.5
-    kept = slm - ref_loss >= cut(slm - ref_loss, ratio)[:, None]  # (looks, N)
-    fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
-    colors = ("#c8372d", "#d6a03a", "#2b6cb0", "#4a9a5b")
-    for ax, run in zip(axes[0], ("clm", "slm"), strict=False):
-        losses = runs[run][1]
-        classes = token_dynamics(losses)
-        for i in range(4):
-            if (classes == i).any():
-                share = f"{DYNAMICS[i].replace('->', '→')}  {100 * (classes == i).mean():.0f} %"
-                ax.plot(seen, losses[:, classes == i].mean(1), color=colors[i], label=share)
-        ax.set_title(f"{run.upper()}: mean loss by class", fontsize=10)
-    classes, clm = token_dynamics(runs["clm"][1]), runs["clm"][1]
-    for i in (0, 3):  # those that move most about their line
-        mine = np.flatnonzero(classes == i)
-        for token in mine[np.argsort(-clm[:, mine].std(0))][:3]:
-            axes[0, 2].plot(seen, clm[:, token], color=colors[i], lw=0.9)
-    axes[0, 2].set_title("CLM: single tokens, H→H (red) and L→L (green)", fontsize=10)
-    for run, color in (("clm", "#8a8f98"), ("slm", "#c8372d")):
-        losses = runs[run][1]
-        axes[1, 0].plot(
-            seen, losses[:, kept[-1]].mean(1), color=color, label=f"{run.upper()}: kept"
-        )
-        left = losses[:, ~kept[-1]].mean(1)
-        axes[1, 0].plot(seen, left, "--", color=color, label=f"{run.upper()}: left out")
-    axes[1, 0].set_title("loss on tokens that SLM keeps at the end", fontsize=10)
-    for i in np.linspace(1, len(seen) - 1, 4).astype(int):
-        label = f"kept at {seen[i]:.2f} M"
-        axes[1, 1].plot(seen[1:], np.exp(slm[1:, kept[i]].mean(1)), label=label)
-    axes[1, 1].set(yscale="log")
-    axes[1, 1].set_title("SLM: perplexity of what was kept when", fontsize=10)
-    for kind in range(len(text["meta"].get("kinds", ()))):
-        share = kept[:, text["kinds"] == kind].mean(1)
-        axes[1, 2].plot(seen, 100 * share, label=text["meta"]["kinds"][kind])
-    axes[1, 2].set_title("SLM: % kept, by what the generator wrote", fontsize=10)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=7)
-    for ax in axes[1]:
-        ax.set_xlabel("tokens seen, millions")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def agreement(looks):
-    """Precision and recall of clean target tokens among the kept, at first and last look, in %."""
-    runs, ref_loss, text = looks
-    records, slm = runs["slm"]
-    target = text["kinds"] == text["meta"]["kinds"].index("target")
-    ratio = records[0]["config"]["ratio"]
-    kept = slm - ref_loss >= cut(slm - ref_loss, ratio)[:, None]  # (looks, N)
-    both = (kept & target).sum(1)
-    return 100 * both / kept.sum(1), 100 * both / target.sum()
-
-
-def token_page(folder, n=2048):
-    """out/.../tokens.html: the first n held-out corpus tokens, at each look; needs no network."""
-    runs, ref_loss, text = read_looks(folder)
-    from prepare_data import get_tokenizer
-    from rho import DYNAMICS, token_dynamics
-
-    encoding = get_tokenizer(text["meta"]["tokenizer"])
-    words = [encoding.decode([token], errors="replace") for token in text["tokens"][:n].tolist()]
-    end = encoding.decode([text["meta"]["tokenizer"]["eot"]])
-    cents = lambda losses: np.round(100 * losses).astype(int).tolist()  # noqa: E731
-    data = {"text": words, "end": end, "classes": DYNAMICS, "ref": cents(ref_loss[:n]), "runs": {}}
-    data["labels"] = {"slm": "SLM student", "clm": "CLM student"}
-    if text["kinds"] is not None:
-        data |= {"kind": text["kinds"][:n].tolist(), "kinds": text["meta"]["kinds"]}
-    for run, (records, losses) in runs.items():
-        data["tokens"] = [r["tokens"] for r in records[1:]]
-        ratio = runs["slm"][0][0]["config"]["ratio"] or 0.5  # of a run by threshold: a half
-        mine = {"loss": cents(losses[:, :n]), "cut": cut(losses - ref_loss, ratio).tolist()}
-        data["runs"][run] = mine | {"dynamics": token_dynamics(losses)[:n].tolist()}
-    safe = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = (HERE / "tokens_template.html").read_text().replace("@DATA@", safe)
-    (Path(folder) / "tokens.html").write_text(page)
-    print(f"page: {folder}/tokens.html")
+def bench_rows():
+    yield ["ratio", "median", "lowest", "highest"]
+    for r in read_log(HERE / "bench.jsonl"):
+        yield [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f}", f"{r['high']:.2f}"]
 
 
 def markdown(table):
@@ -312,7 +649,7 @@ def fill(text, marker, content):
 
 
 def seconds(logs):
-    """Of training and of evaluating, over all arms."""
+    """Of training and of answering, over all arms."""
     return sum(r[-1]["seconds"] + sum(e["eval_seconds"] for e in r[1:]) for r in logs.values())
 
 
@@ -321,88 +658,109 @@ def machine(logs):
     first, cfg = logs["clm"][0], logs["clm"][0]["config"]
     shape = f"{first['params'] / 1e6:.1f} M parameters, windows of {cfg['block_size']}"
     where = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
-    took = f"{seconds(logs) / 60:.0f} minutes of training and answering in all"
-    return (
-        f"{shape}; {where}; {took}; seed {cfg['seed']}, one run per arm; commit {first['commit']}."
-    )
+    took = f"{seconds(logs) / 60:.0f} minutes of training and answering for the arms of a seed"
+    return f"{shape}; {where}; {took}; commit {first['commit']}."
 
 
-def bench_table():
-    path = HERE / "bench.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    yield ["ratio", "median", "lowest", "highest"]
-    for r in records:
-        yield [r["name"], f"{r['ratio']:.2f}", f"{r['low']:.2f}", f"{r['high']:.2f}"]
+def text_of(sentences):
+    """Sentences as one paragraph."""
+    told = "; ".join(sentences)
+    return f"{told[0].upper()}{told[1:]}."
 
 
 def readme(text):
     """The README with all its tables made anew from the logs in results/."""
-    for name in ("demo", "real"):
-        logs = read_logs(HERE / name)
-        told = "\n\n".join([markdown(rows(logs)), ". ".join(sentences(logs)) + ".", machine(logs)])
-        text = fill(text, name, told)
-    text = fill(text, "paper", markdown(on_paper()))
-    return fill(text, "bench", markdown(bench_table()))
+    seed = {run: published(run)[0] for run in ARMS}
+    told = [markdown(main_rows()), text_of(main_words()), machine(seed)]
+    tables = {"main": "\n\n".join(told)}
+    logs = read_logs(HERE / "real")
+    told = [markdown(rows(logs)), text_of(sentences(logs)), machine(logs)]
+    looks, ratio = read_looks(HERE / "runs" / "seed1"), seed["slm"][0]["config"]["ratio"]
+    tables |= {"kinds": markdown(kinds_rows(looks, ratio))}
+    tables |= {"dynamics": markdown(dynamics_rows(looks))}
+    tables |= {"real": "\n\n".join(told), "paper": markdown(on_paper())}
+    tables |= {"ratio": markdown(sweep_rows("selected", ratio_runs()))}
+    tables |= {"scope": markdown(sweep_rows("top k over", scope_runs()))}
+    tables |= {"self": markdown(sweep_rows("kept", self_runs()))}
+    tables |= {"variants": markdown(sweep_rows("rule", variant_runs()))}
+    tables |= {"dirt": markdown(dirt_rows()), "references": markdown(reference_rows())}
+    tables |= {"lr": markdown(lr_rows()), "bench": markdown(bench_rows())}
+    for marker, content in tables.items():
+        text = fill(text, marker, content)
+    return text
 
 
 def summary():
-    """results/summary.json: the headline figures of one seed; spreads come with more seeds."""
-    demo, real = (read_logs(HERE / name) for name in ("demo", "real"))
-    share = {run: 100 * r[-1]["right"] / r[-1]["questions"] for run, r in demo.items()}
+    """results/summary.json: the headline figures, computed from the logs."""
+    found, real = by_seed(), read_logs(HERE / "real")
+    gain, low, high = interval(found["gain"])
+    seed = {run: published(run)[0] for run in ARMS}
+    classes, _ = dynamics(read_looks(HERE / "runs" / "seed1"), "dynamics-clm")
+    losses = {"clm": "clm", "random": "slm-random", "slm": "slm", "reference_only": "ref"}
     figures = {
         "demo": {
-            "seeds": 1,
-            "gain_points": round(share["slm"] - share["clm"], 1),
-            "tokens_ratio_mean": round(passed(demo, "right")[1], 2),
-            "student_minus_reference_points": round(share["slm"] - share["ref"], 1),
-            "seconds_total": round(seconds(demo)),
-            "cores": demo["clm"][0]["threads"],
+            "seeds": len(found["gain"]),
+            "gain_points": round(gain, 2),
+            "gain_points_ci95": [round(low, 2), round(high, 2)],
+            "tokens_ratio_mean": round(statistics.mean(found["right"]), 2),
+            "student_minus_reference_points": round(statistics.mean(found["over_ref"]), 2),
+            "seconds_total": round(seconds(seed)),
+            "cores": seed["clm"][0]["threads"],
         },
         "real": {
             "tokens": real["clm"][-1]["tokens"],
             "seeds": 1,
-            "heldout_loss": {
-                name: round(real[run][-1]["val_loss"], 4)
-                for name, run in (
-                    ("clm", "clm"),
-                    ("random", "slm-random"),
-                    ("slm", "slm"),
-                    ("reference_only", "ref"),
-                )
-            },  # fmt: skip
+            "heldout_loss": {k: round(real[v][-1]["val_loss"], 4) for k, v in losses.items()},
         },
+        "dynamics": {name: round(float(mine.mean()), 4) for name, mine in classes.items()},
         "bench": {},
     }
-    for line in (HERE / "bench.jsonl").read_text().splitlines():
-        r = json.loads(line)
-        figures["bench"][r["name"].replace(" 6x384", "").replace(" 32 rows", "")] = r["ratio"]
+    for r in read_log(HERE / "bench.jsonl"):
+        figures["bench"][r["name"].replace(" 6x384", "").removesuffix(" 32 rows")] = r["ratio"]
     return json.dumps(figures, indent=1) + "\n"
 
 
+def aligned(table):
+    table = list(table)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)) for cells in table)
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def show(folder):
+    """The tables and the picture of one set of runs."""
+    logs = read_logs(folder)
+    print(aligned(rows(logs)) + "\n" + "\n".join(sentences(logs)))
+    if (Path(folder) / "dynamics-slm.jsonl").exists():
+        print(aligned(dynamics_rows(read_looks(folder))))
+    picture = Path(folder) / "demo.png"
+    try:
+        curves({run: [records] for run, records in logs.items()}, picture)
+        print(f"picture: {picture}")
+    except ImportError:
+        print("no picture: it needs matplotlib (pip install matplotlib)")
+    if "ref" in logs and "slm" in logs:
+        print(f"which tokens were kept: {token_page(folder)}")
+
+
 def main(argv):
-    if argv[:1] == ["tokens"]:
-        return token_page(*argv[1:])
-    if argv:
-        logs = read_logs(argv[0])
-        table = list(rows(logs))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        print()
-        for cells in table:
-            print("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
-        print("\n" + "\n".join(sentences(logs)))
-        picture = Path(argv[0]) / "demo.png"
-        try:
-            curves(logs, picture)
-            print(f"picture: {picture}")
-        except ImportError:
-            print("no picture: it needs matplotlib (pip install matplotlib)")
-        return
-    for name in ("demo", "real"):
-        curves(read_logs(HERE / name), HERE / f"{name}.png")
-    growth(HERE / "growth.png")
-    (HERE / "summary.json").write_text(summary())
-    path = HERE.parent / "README.md"
-    path.write_text(readme(path.read_text()))
+    if argv == ["commands"]:
+        print("\n".join(commands()))
+    elif argv == ["collect"]:
+        collect()
+    elif argv:
+        show(argv[0])
+    else:
+        curves({run: published(run) for run in ARMS}, HERE / "main.png")
+        curves({run: [r] for run, r in read_logs(HERE / "real").items()}, HERE / "real.png")
+        sweeps(HERE / "sweeps.png")
+        looks = read_looks(HERE / "runs" / "seed1")
+        looks_picture(looks, read_logs(HERE / "runs" / "seed1"), HERE / "looks.png")
+        dynamics_picture(looks, HERE / "dynamics.png")
+        growth(HERE / "growth.png")
+        (HERE / "summary.json").write_text(summary())
+        path = HERE.parent / "README.md"
+        path.write_text(readme(path.read_text()))
 
 
 if __name__ == "__main__":

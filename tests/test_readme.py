@@ -1,14 +1,15 @@
 """The README says what the logs say, names files that exist, and commands that run."""
 
+import base64
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import rho
 
@@ -29,15 +30,30 @@ def test_summary_is_that_of_the_logs():
 
 
 def test_a_changed_log_would_be_noticed(monkeypatch):
-    real = figures.read_logs
+    real = figures.read_log
 
-    def doctored(folder):
-        logs = real(folder)
-        logs["slm"][-1]["val_loss"] -= 0.01
-        return logs
+    def doctored(path):
+        records = real(path)
+        if Path(path).name == "slm.jsonl":
+            records[-1]["val_loss"] -= 0.01
+        return records
 
-    monkeypatch.setattr(figures, "read_logs", doctored)
+    monkeypatch.setattr(figures, "read_log", doctored)
     assert figures.readme(README) != README
+
+
+def test_interval_is_students():
+    """Against the textbook: differences 1 2 3 4 5 have mean 3, standard error 0.7071, t 2.776."""
+    mean, low, high = figures.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3
+    assert (low, high) == pytest.approx((3 - 2.776 * 0.70711, 3 + 2.776 * 0.70711), abs=0.01)
+
+
+def test_passed_is_the_first_look_at_which_slm_is_where_clm_ends():
+    clm = [{}, {"tokens": 100, "right": 9, "questions": 10}, {"tokens": 200, "right": 4}]
+    slm = [{}, {"tokens": 50, "right": 3}, {"tokens": 100, "right": 4}, {"tokens": 200, "right": 9}]
+    assert figures.passed({"clm": clm, "slm": slm}, "right") == (100, 2.0)
+    assert figures.passed({"clm": slm, "slm": clm[:1]}, "right") == (None, None)
 
 
 def test_files_that_are_named_exist():
@@ -55,53 +71,77 @@ def test_flags_that_are_named_exist(script):
         assert re.search(rf"{flag}\b", helped), flag
 
 
+def alike(arms):
+    """The configurations of the arms, but for what makes them arms."""
+    own = ("select", "ratio", "threshold", "name", "stage", "reference")
+    return {json.dumps({k: v for k, v in c.items() if k not in own}) for c in arms}
+
+
 def test_published_runs_are_comparable():
     """Same seed, data, model, optimizer, schedule and tokens in all arms; only the rule differs."""
-    for name in ("demo", "real"):
-        logs = figures.read_logs(ROOT / "results" / name)
+    folders = [*sorted((ROOT / "results" / "runs").glob("seed*")), ROOT / "results" / "real"]
+    assert len(folders) == 6
+    for folder in folders:
+        logs = figures.read_logs(folder)
         arms = {run: records[0]["config"] for run, records in logs.items() if run != "ref"}
-        assert set(arms) == {"clm", "slm", "slm-random"}
-        own = ("select", "ratio", "name", "stage")
-        alike = {json.dumps({k: v for k, v in c.items() if k not in own}) for c in arms.values()}
-        assert len(alike) == 1
-        ends = {records[-1]["tokens"] for run, records in logs.items() if run != "ref"}
-        assert len(ends) == 1
+        assert {"clm", "slm", "slm-random"} <= set(arms) and len(alike(arms.values())) == 1
+        assert len({records[-1]["tokens"] for run, records in logs.items() if run != "ref"}) == 1
         assert logs["slm"][-1]["trained"] == logs["slm-random"][-1]["trained"]
         assert arms["slm"]["ratio"] == arms["slm-random"]["ratio"] < 1 == arms["clm"]["ratio"]
+        assert arms["slm"]["select"] == "excess" and arms["slm-random"]["select"] == "random"
 
 
-def test_token_page_is_whole_safe_and_says_what_was_stored(tiny_data, tmp_path):
-    """Nothing from outside, no text that ends the script, and the numbers of the arrays."""
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-    meta = json.loads((data / "meta.json").read_text())
-    meta["kinds"][0] = hostile = "</script><script>alert(1)</script><!--"
-    (data / "meta.json").write_text(json.dumps(meta))
-    small = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "block_size": 64}
-    quick = {"batch_size": 4, "micro_batch": 4, "tokens": 4096, "ref_tokens": 1024, "questions": 0}
-    cfg = rho.Config(data=str(data), out=str(tmp_path), eval_windows=4, **small, **quick)
-    rho.train_arm(cfg, rho.Run(cfg), "ref")
-    rho.dynamics(cfg, rho.Run(cfg))
-    figures.token_page(tmp_path)
-    page = (tmp_path / "tokens.html").read_text()
-    template = (ROOT / "results" / "tokens_template.html").read_text()
-    for sign in ("</script", "<!--", "http", "src=", "url("):
-        assert page.count(sign) == template.count(sign)
-    assert not re.search("http|src=|url\\(|@import", template)
-    told = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert told["kinds"][0] == hostile
-    runs, ref_loss, text = figures.read_looks(tmp_path)
-    assert told["ref"] == [round(100 * float(x)) for x in ref_loss]
-    assert len(told["text"]) == len(told["kind"]) == len(ref_loss) == 4 * 64
-    assert told["tokens"] == [r["tokens"] for r in runs["slm"][0][1:]] and len(told["tokens"]) == 16
-    for run, (_, losses) in runs.items():
-        excess = losses - ref_loss
-        cut = np.array(told["runs"][run]["cut"])[:, None]  # among equals it keeps all
-        assert ((excess > cut).mean(1) <= cfg.ratio).all()
-        assert ((excess >= cut).mean(1) >= cfg.ratio - 0.01).all()
-        assert np.abs(np.array(told["runs"][run]["loss"]) / 100 - losses).max() < 0.006
-    figures.looks_picture((runs, ref_loss, text), tmp_path / "looks.png")
-    assert (tmp_path / "looks.png").stat().st_size > 20_000
-    rows = list(figures.dynamics_rows((runs, ref_loss, text)))
-    assert [row[0] for row in rows[1:]] == list(rho.DYNAMICS)
-    assert sum(int(row[2].split()[0]) for row in rows[1:]) == pytest.approx(100, abs=2)
+def test_published_logs_are_of_the_commands_that_are_named():
+    """Each command has its log, made with just these flags and trained to its end."""
+    found = 0
+    for command in " && ".join(figures.commands()).split(" && "):
+        if "rho.py" not in command:
+            continue
+        flags = dict(re.findall(r"--(\w+) (\S+)", command))
+        folder = ROOT / "results" / "runs" / f"seed{flags['seed']}"
+        if flags["stage"] == "dynamics":
+            for arm in ("clm", "slm"):
+                assert len(figures.read_log(folder / f"dynamics-{arm}.jsonl")) > 16
+            continue
+        first, *looks = figures.read_log(folder / f"{flags['name']}.jsonl")
+        if flags.get("select") == "oracle":  # within: kinds for losses, and all below one half
+            flags["select"] = "ref_loss"
+        stage, plain = flags.pop("stage"), rho.Config()
+        config = first["config"]
+        for flag, text in flags.items():
+            if not (flag == "ratio" and stage == "slm" and config["threshold"] is not None):
+                assert str(config[flag]) == str(type(getattr(plain, flag) or text)(text)), command
+        tokens = config["tokens"] // (config["batch_size"] * config["block_size"])
+        assert looks[-1]["step"] == tokens
+        found += 1
+    assert found > 100
+
+
+def test_page_of_tokens_is_escaped_whatever_the_text_holds(tmp_path):
+    """A page that let the corpus out of its data would run what the corpus says."""
+    text, n = "</script><script>alert(1)</script><!-- \u2028 & ", 40
+    ranks = [base64.b64encode(bytes([b])).decode() for b in range(256)]
+    spec = {"name": "bytes", "ranks": ranks, "pat_str": "(?s).", "eot": 256, "n_vocab": 257}
+    meta = {"tokenizer": spec, "dtype": "uint16"}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tofile(tmp_path / "val_corpus.bin")
+    for run in ("ref", "clm", "slm"):
+        (tmp_path / run).mkdir()
+        for step in (1, 2, 3):
+            np.save(tmp_path / run / f"{step}.npy", np.random.rand(1, n).astype(np.float16))
+        records = [{"config": {"data": str(tmp_path), "ratio": 0.5}}]
+        records += [{"step": step, "tokens": step} for step in (1, 2, 3)]
+        (tmp_path / f"{run}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    page = figures.token_page(tmp_path).read_text()
+    assert page.count("<script") == page.count("</script>") == 2  # its own
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert "".join(data["text"][:38]) == text[1:39] and len(data["text"]) == n
+    kept = np.array(data["runs"]["slm"]["loss"][2]) - data["ref"]
+    assert (kept >= 100 * data["runs"]["slm"]["cut"][2] - 1).sum() in (n // 2, n // 2 + 1)
+
+
+def test_kept_is_the_rule_of_select_tokens():
+    looks = {"slm": np.random.rand(3, 50), "ref": np.random.rand(1, 50)}
+    for look, mine in zip(looks["slm"], figures.kept(looks, "slm", 0.4), strict=True):
+        score = torch.from_numpy(look - looks["ref"][-1])
+        assert (rho.select_tokens(score, 0.4).numpy() == mine).all()

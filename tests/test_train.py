@@ -1,7 +1,9 @@
 """Training, scoring, resuming: that the loop is the definition, and that nothing is stale."""
 
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -439,3 +441,77 @@ def test_batch_that_cannot_be_shared_out_is_refused(cfg, two_ranks):
     said = [p.communicate(timeout=60)[1] for p in ranks]
     assert [p.returncode for p in ranks] == [2, 2]
     assert all("--batch_size 5: not a multiple of 2" in line for line in said)
+
+
+# ---- the changes of results/variants, which the README invites to try ----------------------------
+
+VARIANTS = sorted(Path(rho.__file__).parent.glob("results/variants/*.diff"))
+
+
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """changed(name): rho.py as a module with results/variants/NAME.diff applied."""
+
+    def load(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(rho.__file__, folder)
+        diff = next(path for path in VARIANTS if path.stem == name)
+        subprocess.run(["git", "apply", str(diff)], cwd=folder, check=True)
+        spec = importlib.util.spec_from_file_location(f"rho_{name}", folder / "rho.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def variant(module, cfg, **changes):
+    cfg = module.Config(**vars(replace(cfg, select="excess", **changes)))
+    return module.train_arm(cfg, module.Run(cfg), "slm")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in VARIANTS])
+def test_variants_train_and_are_not_the_rule_itself(cfg, changed, name):
+    go(cfg, "ref")
+    plain, look = go(cfg, "slm", name="plain")[1][-1], variant(changed(name), cfg, name=name)[-1]
+    assert np.isfinite(look["val_loss"]) and look["tokens"] == plain["tokens"]
+    alike = look["val_loss"] == plain["val_loss"]
+    assert alike == (name == "averaged")  # one reference, averaged, is that reference
+
+
+def test_variant_of_two_references_is_the_mean_of_both(cfg, changed):
+    """With the same reference twice the scores stay; with two they are the mean."""
+    go(cfg, "ref")
+    go(cfg, "ref", name="other", seed=2)
+    module, paths = changed("averaged"), [f"{cfg.out}/{name}.pt" for name in ("ref", "other")]
+    windows, seen = Windows(cfg, Run(cfg).meta, "train"), []
+    known = [score_corpus(replace(cfg, reference=p), Run(cfg), windows)["ref_loss"] for p in paths]
+    rule = module.score_tokens
+    monitor = lambda *a, ref_loss, **k: seen.append(ref_loss) or rule(*a, ref_loss=ref_loss, **k)  # noqa: E731
+    module.score_tokens = monitor
+    variant(module, cfg, name="both", reference=",".join(paths))
+    first = batch(windows.n, cfg.batch_size, cfg.seed, 0)
+    mean = torch.from_numpy((known[0][first].astype(float) + known[1][first]) / 2).flatten()
+    torch.testing.assert_close(
+        seen[0].double(), torch.from_numpy(mean).flatten(), atol=0.01, rtol=0
+    )
+    assert np.abs(known[0][first] - known[1][first]).max() > 0.1
+
+
+def test_variant_falling_trains_on_what_its_line_says(cfg, changed):
+    go(cfg, "ref")
+    trained = variant(changed("falling"), cfg, ratio=0.3)[-1]["trained"]
+    n = cfg.batch_size * cfg.block_size
+    assert trained == sum(round((1 - 0.7 * step / cfg.steps) * n) for step in range(cfg.steps))
+
+
+def test_variants_of_the_score_by_hand(changed):
+    """Excess 3, 1, -4 and 2; the third token is beyond the reference, the last too, but less."""
+    student, known = torch.tensor([[3.5, 1.2, 1.0, 4.0]]), torch.tensor([[0.5, 0.2, 5.0, 2.0]])
+    orders = {"absolute": [2, 0, 3, 1], "sure": [0, 1, 2, 3]}
+    for name, order in orders.items():
+        score = changed(name).score_tokens("excess", student, known)[0]
+        assert score.argsort(descending=True, stable=True).tolist() == order, name
+        assert torch.isinf(score).tolist() == [False, False, name == "sure", name == "sure"]
