@@ -5,7 +5,7 @@ then reads the whole corpus but is trained, at each step, only on the tokens who
 own loss minus the reference's, is highest. What the reference cannot predict either is noise;
 what the student predicts already is learned: both are left out.
 
-    python rho.py                 everything below on the embedded demo, then a table
+    python rho.py                 reference, clm, slm and control on the demo, then a table
     python rho.py --stage ref     train the reference on clean text         -> out/demo/ref.pt
     python rho.py --stage score   the reference's loss on every token       -> out/demo/scores/
     python rho.py --stage clm     the baseline: ordinary training, all tokens
@@ -16,8 +16,8 @@ what the student predicts already is learned: both are left out.
 Glossary (code = paper)                            Where this differs from the paper, and why
     student_loss   L_theta(x_i)           s. 2.2    1. Models of 1 M parameters from scratch, not
     ref_loss       L_ref(x_i)             eq. 1        1-7 B continued: it must run on a laptop.
-    excess         L_delta(x_i)           eq. 2    2. Reference losses are computed once and kept
-    ratio          k %                    eq. 3        on disk, not run beside the student.
+    excess         L_delta(x_i)           eq. 2    2. Reference losses, computed once as in the
+    ratio          k %                    eq. 3        paper, are kept on disk as float16.
     mask           I_k%(x_i)              eq. 4    3. top-k over each device's micro-batch: the
     selective_loss L_SLM                  eq. 3        paper says "batch" and no more.
     ref_entropy    H_ref                  s. 3.4    4. Muon beside AdamW; the paper names none.
@@ -50,9 +50,7 @@ from eval_math import answer_questions, load_questions
 from model import GPT, GPTConfig, ModelError, load_checkpoint, load_model, whole_file
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
-RULES = ("excess", "ref_loss", "ref_entropy", "ref_both", "loss", "random", "oracle")
-CHOICES = {"stage": ("ref", "score", "clm", "slm", "dynamics", "all"), "select": RULES}
-CHOICES["optimizer"] = ("muon", "adamw")
+STAGES = ("ref", "score", "clm", "slm", "dynamics", "all")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
 BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on a processor or not
 KEEP = 2**28  # logits that may stay in memory from the forward pass to the gradient
@@ -89,7 +87,7 @@ class Config:
     batch_size: int = 8  # windows in one optimizer step, over all devices
     micro_batch: int = 8  # windows that a device holds at once; the rest is accumulated
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
-    lr: float = 7.5e-4  # chosen for clm (results/lr.jsonl), used by all
+    lr: float = 7.5e-4  # chosen for clm (README, "The learning rate"), used by all
     lr_end: float = 0.1  # last learning rate, as a share of lr (cosine)
     warmup: float = 0.02  # share of the steps that warm up
     weight_decay: float = 0.1
@@ -105,6 +103,9 @@ class Config:
 
 
 # ==== THE METHOD: the only lines that differ from ordinary pre-training ==========================
+
+KNOWN = ("ref_loss", "ref_entropy")  # by the reference; each rule needs so many of them:
+RULES = {"excess": 1, "ref_loss": 1, "ref_entropy": 2, "ref_both": 2, "loss": 0, "random": 0}
 
 
 def token_loss(logits, targets):
@@ -123,22 +124,22 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
     reference finds easy, is sure of, or both (self-reference, section 3.4). loss: what the student
     finds hard. random: the control. Raises ValueError for another rule, or a missing input.
     """
+    known = ref_loss, ref_entropy
+    if select not in RULES or any(values is None for values in known[: RULES[select]]):
+        raise ValueError(f"--select {select} is no rule, or the scores it needs were not given")
     student_loss = student_loss.detach()  # (B, T)
-    if select == "random":
-        device = student_loss.device
-        return torch.rand(student_loss.shape, generator=generator, device=device)  # (B, T)
+    if select == "excess":
+        return student_loss - ref_loss  # (B, T)
+    if select == "ref_loss":
+        return -ref_loss  # (B, T)
+    if select == "ref_entropy":
+        return -ref_entropy  # (B, T)
+    if select == "ref_both":  # in both sets: by the worse of its two ranks
+        ranks = [values.flatten().argsort().argsort() for values in known]
+        return -torch.maximum(*ranks).view_as(ref_loss).float()  # (B, T)
     if select == "loss":
         return student_loss
-    if select == "excess" and ref_loss is not None:
-        return student_loss - ref_loss  # (B, T)
-    if select == "ref_loss" and ref_loss is not None:
-        return -ref_loss  # (B, T)
-    if select == "ref_entropy" and ref_entropy is not None:
-        return -ref_entropy  # (B, T)
-    if select == "ref_both" and ref_entropy is not None:  # in both sets: by the worse of two ranks
-        ranks = [known.flatten().argsort().argsort() for known in (ref_loss, ref_entropy)]
-        return -torch.maximum(*ranks).view_as(ref_loss).float()  # (B, T)
-    raise ValueError(f"--select {select} is no rule, or the scores it needs were not given")
+    return torch.rand(student_loss.shape, generator=generator, device=student_loss.device)
 
 
 def select_tokens(score, ratio=None, threshold=None, valid=None):
@@ -270,8 +271,7 @@ class Run:
         self.reduce()
         self.meta = load_meta(cfg.data)
 
-    def put(self, *tensors):
-        """On the device; from pinned memory the copy runs while the device works on."""
+    def put(self, *tensors):  # from pinned memory: the copy runs while the device works on
         tensors = [t.pin_memory() if self.cuda else t for t in tensors]
         return [t.to(self.device, non_blocking=True) for t in tensors]
 
@@ -321,14 +321,13 @@ def score_corpus(cfg, run, windows):
     fingerprint = hashlib.sha256(basis.encode())  # of all that the scores depend on: never stale
     for tensor in reference.state_dict().values():
         fingerprint.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    entropy, scores = cfg.select in ("ref_entropy", "ref_both"), {}
-    for name in ("ref_loss", "ref_entropy")[: 1 + entropy]:
+    scores = {}
+    for name in KNOWN[: max(1, RULES.get(cfg.select, 1))]:
         path = Path(cfg.out) / "scores" / fingerprint.hexdigest()[:16] / f"{name}.f16"
         if run.rank == 0 and not path.exists():
             tqdm.write(f"scores: {path}")
             with whole_file(path) as f:
-                for _ in range(windows.n):
-                    f.write(np.full(windows.T, np.nan, np.float16).tobytes())
+                f.writelines([np.full(windows.T, np.nan, np.float16).tobytes()] * windows.n)
         run.reduce()
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
     wanted = np.sort(permutation(windows.n, cfg.seed, 0)[: cfg.steps * cfg.batch_size])
@@ -336,7 +335,7 @@ def score_corpus(cfg, run, windows):
     parts = parts[run.rank :: run.world]  # shared out before looking: others write meanwhile
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     for w in run.bar(parts, "score", cfg.micro_batch * windows.T):
-        found = score_batch(run, reference, windows[w], entropy)
+        found = score_batch(run, reference, windows[w], len(scores) > 1)
         for stored, values in zip(scores.values(), found, strict=True):
             stored[w] = values.cpu().numpy()
     run.reduce()
@@ -372,7 +371,7 @@ def train(cfg, run, name, split):
         kinds = np.load(Path(cfg.data) / "kinds.npz")[split][1 : windows.n * windows.T + 1]
         scores = {"ref_loss": kinds.reshape(windows.n, windows.T)}  # 0 is target text
         cfg = replace(cfg, select="ref_loss", ratio=None, threshold=-0.5)
-    elif cfg.select not in ("loss", "random"):
+    elif RULES[cfg.select]:
         scores = score_corpus(cfg, run, windows)
 
     torch.manual_seed(cfg.seed)
@@ -402,9 +401,8 @@ def train(cfg, run, name, split):
         trunk = torch.compile(trunk)
     generator = torch.Generator(run.device)
     step_tokens = cfg.batch_size * cfg.block_size
-    looks = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)} | {cfg.steps}
-    sums = torch.zeros(3, device=run.device)  # loss of selected tokens, of all, number selected
-    started = time.time()
+    looks = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
+    sums, started = torch.zeros(3, device=run.device), time.time()  # loss of kept, of all; n kept
     for step in run.bar(range(records[-1]["step"], cfg.steps), name, step_tokens):
         lr = learning_rate(cfg, step, cfg.steps)
         here = batch(windows.n, cfg.batch_size, cfg.seed, step)[run.rank :: run.world]
@@ -512,8 +510,10 @@ def run_stage(cfg):
     if not 0 < cfg.ratio <= 1:
         raise InputError(f"--ratio {cfg.ratio}: a share of the tokens, above 0 and at most 1")
     for flag, value in asdict(cfg).items():
-        if type(value) is int and value < 1 and flag not in ("seed", "questions"):
-            raise InputError(f"--{flag} {value}: must be at least 1")
+        if type(value) is int and value < (least := int(flag not in ("seed", "questions"))):
+            raise InputError(f"--{flag} {value}: must be at least {least}")
+    if cfg.stage == "all" and (cfg.name or cfg.threshold is not None):
+        raise InputError("--stage all: --name and --threshold are of one run, as --stage slm")
     run = Run(cfg)
     if cfg.batch_size % run.world:
         raise InputError(f"--batch_size {cfg.batch_size}: not a multiple of {run.world} processes")
@@ -535,10 +535,11 @@ def run_stage(cfg):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    choices = {"stage": STAGES, "select": (*RULES, "oracle"), "optimizer": ("muon", "adamw")}
     helps = dict(re.findall(r"    (\w+): .* = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         kind = {"threshold": float, "compile": bool}.get(f.name, type(f.default))
-        how = {"type": kind, "choices": CHOICES.get(f.name)}
+        how = {"type": kind, "choices": choices.get(f.name)}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         text = f"{helps.get(f.name, '')} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)

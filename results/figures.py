@@ -33,8 +33,8 @@ TITLES = {
 }
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval of n values
 LONG, SHORT = "--tokens 2000000 --evals 20", "--evals 3"
-LR = {900_000: ("3.75e-4", "5e-4", "7.5e-4", "1e-3", "1.5e-3", "3e-3")}
-LR |= {2_000_000: ("5e-4", "1e-3")}  # 7.5e-4 is the main table's
+LR = {900_000: ("3.75e-4", "5e-4", "1e-3", "1.5e-3", "3e-3")}  # 7.5e-4 is ratio-1.0's
+LR |= {2_000_000: ("5e-4", "1e-3")}  # and the main table's
 DIRT = [(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1), (0.75, 3), (0.75, 6)]  # wrong, dirty
 REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
     "1500": ("0.3 x clean text", ""),
@@ -71,6 +71,10 @@ def commands():
             yield rho(f"ratio-{ratio}", f"{slm} --ratio {ratio}", seed)
         for threshold in (0.0, 0.5, 1.0) if seed < 3 else ():
             yield rho(f"threshold-{threshold}", f"{slm} --threshold {threshold}", seed)
+    made = "python prepare_data.py --max_tokens 6.2e6 --out data/long"
+    long = "--tokens 6000000 --evals 30"
+    slm = rho("long-slm", f"--stage slm {long} --reference out/seed1/ref.pt", 1, "long")
+    yield " && ".join([made, rho("long-clm", f"--stage clm {long}", 1, "long"), slm])
     for tokens, rates in LR.items():
         for lr in rates:
             yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
@@ -233,17 +237,28 @@ def main_words():
     yield f"{spread(found['all'])} with the reference's training and the scoring counted in"
 
 
+def long_rows():
+    """One seed, three times as long: does CLM catch up?"""
+    arms = {run: published(f"long-{run}")[0] for run in ("clm", "slm")}
+    head = ("CLM right, %", "SLM right, %", "points", "CLM's target loss", "SLM's target loss")
+    yield ["tokens seen", *head]
+    for clm, slm in list(zip(arms["clm"], arms["slm"], strict=True))[5::5]:
+        right = [value(r, "right") for r in (clm, slm)]
+        cells = [f"{clm['tokens']:,}", *(f"{v:.1f}" for v in (*right, right[1] - right[0]))]
+        yield [*cells, f"{clm['val_loss']:.3f}", f"{slm['val_loss']:.3f}"]
+
+
 def clm_at(key):
     return ends("ratio-1.0", key)
 
 
 def sweep_rows(head, runs):
     """A table of short runs: {label: run}, and what each gains over CLM of the same length."""
-    yield [head, "target loss", "answers right, %", "points over CLM"]
+    yield [head, "seeds", "target loss", "answers right, %", "points over CLM"]
     for label, run in runs.items():
         gains = [a - b for a, b in zip(ends(run, "right"), clm_at("right"), strict=False)]
-        cells = [label, spread(ends(run, "val_loss"), 3), spread(ends(run, "right"))]
-        yield [*cells, spread(gains)]
+        cells = [label, str(len(gains)), spread(ends(run, "val_loss"), 3)]
+        yield [*cells, spread(ends(run, "right")), spread(gains)]
 
 
 def ratio_runs():
@@ -283,6 +298,7 @@ def dirt_rows():
         "wrong answers",
         "dirt per problem",
         "target tokens",
+        "seeds",
         "CLM right, %",
         "SLM right, %",
         "points",
@@ -291,7 +307,7 @@ def dirt_rows():
     for wrong, dirty, share, clm, slm in dirt_cells():
         gains = [a - b for a, b in zip(ends(slm, "right"), ends(clm, "right"), strict=True)]
         losses = [a - b for a, b in zip(ends(slm, "val_loss"), ends(clm, "val_loss"), strict=True)]
-        cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %"]
+        cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %", str(len(gains))]
         cells += [spread(ends(clm, "right")), spread(ends(slm, "right"))]
         yield [*cells, spread(gains), spread(losses, 3)]
 
@@ -299,6 +315,7 @@ def dirt_rows():
 def reference_rows():
     yield [
         "reference",
+        "seeds",
         "its target loss",
         "its answers right, %",
         "student right, %",
@@ -310,14 +327,15 @@ def reference_rows():
     ]:
         gains = [a - b for a, b in zip(ends(slm, "right"), clm_at("right"), strict=False)]
         known = [ends(ref, "val_loss")[: len(gains)], ends(ref, "right")[: len(gains)]]
-        cells = [label, spread(known[0], 3), spread(known[1]), spread(ends(slm, "right"))]
+        cells = [label, str(len(gains)), spread(known[0], 3), spread(known[1])]
+        cells.append(spread(ends(slm, "right")))
         yield [*cells, spread(gains)]
 
 
 def lr_rows():
     yield ["tokens", "learning rate", "CLM's target loss", "answers right, %"]
     found = [read_log(path) for path in (HERE / "runs").glob("seed1/lr*.jsonl")]
-    found.append(published("clm")[0])
+    found += [published("ratio-1.0")[0], published("clm")[0]]
     for records in sorted(found, key=lambda r: (r[-1]["tokens"], r[0]["config"]["lr"])):
         r = records[-1]
         rate = f"{records[0]['config']['lr']:g}"
@@ -382,7 +400,7 @@ def curves(runs, path, keys=("right", "val_loss")):
         ax.set_xlabel("tokens seen, millions")
         if key != "right":
             ax.set_ylim(top=min(1.5, max(mean)))
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[1].legend(frameon=False, fontsize=9)
     save(fig, axes, path)
 
 
@@ -658,7 +676,7 @@ def machine(logs):
     first, cfg = logs["clm"][0], logs["clm"][0]["config"]
     shape = f"{first['params'] / 1e6:.1f} M parameters, windows of {cfg['block_size']}"
     where = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
-    took = f"{seconds(logs) / 60:.0f} minutes of training and answering for the arms of a seed"
+    took = f"{seconds(logs) / 60:.0f} minutes of training and answering for these runs of one seed"
     return f"{shape}; {where}; {took}; commit {first['commit']}."
 
 
@@ -679,11 +697,14 @@ def readme(text):
     tables |= {"kinds": markdown(kinds_rows(looks, ratio))}
     tables |= {"dynamics": markdown(dynamics_rows(looks))}
     tables |= {"real": "\n\n".join(told), "paper": markdown(on_paper())}
+    logs = read_logs(HERE / "demo")
+    tables |= {"demo": "\n\n".join([markdown(rows(logs)), machine(logs)])}
     tables |= {"ratio": markdown(sweep_rows("selected", ratio_runs()))}
     tables |= {"scope": markdown(sweep_rows("top k over", scope_runs()))}
     tables |= {"self": markdown(sweep_rows("kept", self_runs()))}
     tables |= {"variants": markdown(sweep_rows("rule", variant_runs()))}
     tables |= {"dirt": markdown(dirt_rows()), "references": markdown(reference_rows())}
+    tables |= {"long": markdown(long_rows())}
     tables |= {"lr": markdown(lr_rows()), "bench": markdown(bench_rows())}
     for marker, content in tables.items():
         text = fill(text, marker, content)
@@ -694,7 +715,7 @@ def summary():
     """results/summary.json: the headline figures, computed from the logs."""
     found, real = by_seed(), read_logs(HERE / "real")
     gain, low, high = interval(found["gain"])
-    seed = {run: published(run)[0] for run in ARMS}
+    demo = read_logs(HERE / "demo")  # as `make demo` leaves them
     classes, _ = dynamics(read_looks(HERE / "runs" / "seed1"), "dynamics-clm")
     losses = {"clm": "clm", "random": "slm-random", "slm": "slm", "reference_only": "ref"}
     figures = {
@@ -704,8 +725,8 @@ def summary():
             "gain_points_ci95": [round(low, 2), round(high, 2)],
             "tokens_ratio_mean": round(statistics.mean(found["right"]), 2),
             "student_minus_reference_points": round(statistics.mean(found["over_ref"]), 2),
-            "seconds_total": round(seconds(seed)),
-            "cores": seed["clm"][0]["threads"],
+            "seconds_total": round(seconds(demo)),
+            "cores": demo["clm"][0]["threads"],
         },
         "real": {
             "tokens": real["clm"][-1]["tokens"],

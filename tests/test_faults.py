@@ -68,6 +68,14 @@ def test_missing_data(place, capsys, tmp_path):
     assert "nowhere" in line and "python prepare_data.py" in line
 
 
+@pytest.mark.parametrize(
+    "flags", [("--seed=-1",), ("--name=x", "--stage=all"), ("--batch_size=0",)]
+)
+def test_flags_out_of_range_or_at_odds(place, capsys, flags):
+    line = refused(place, capsys, *flags)
+    assert flags[0].split("=")[0] in line and flags[-1].split("=")[0] in line
+
+
 @pytest.mark.parametrize("flag", ["--ratio=0", "--ratio=1.5", "--ratio=-0.1", "--ratio=nan"])
 def test_ratio_outside_0_1(place, capsys, flag):
     assert flag.replace("=", " ").split("=")[0] in refused(place, capsys, "--stage=slm", flag)

@@ -69,6 +69,8 @@ def test_each_rule_ranks_as_it_says():
     for select in ("excess", "ref_loss", "ref_entropy", "ref_both", "nonsense"):
         with pytest.raises(ValueError, match=select):
             score_tokens(select, student)
+    with pytest.raises(ValueError, match="ref_both"):
+        score_tokens("ref_both", student, ref_entropy=entropy)
 
 
 def test_ref_both_selects_what_both_rules_select():
@@ -209,7 +211,7 @@ def test_trap_nan_when_nothing_is_selected():
 
 def test_trap_gradient_through_the_score():
     student_loss = torch.rand(2, 3, requires_grad=True)
-    for select in rho.RULES[:4]:
+    for select in list(rho.RULES)[:4]:
         score = score_tokens(select, student_loss, torch.rand(2, 3), torch.rand(2, 3))
         assert not score.requires_grad
 
