@@ -42,8 +42,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
+from torch.special import entr
 from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
@@ -176,11 +176,10 @@ class HeadLoss(torch.autograd.Function):
     Between the two the logits are kept where they fit (KEEP), and else computed again.
     apply(hidden (N, C), weight (V, C), targets (N,), choose: student_loss -> mask, k=None) gives
     the sum (with gradient), student_loss (N,) float32 and mask (N,), multiplying in hidden's type.
-    Given k, the number that `choose` selects, a GPU need not wait to hear it.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, choose, k=None):
+    def forward(ctx, hidden, weight, targets, choose, k=None):  # given k, a GPU need not wait
         N, head, targets = len(hidden), weight.to(hidden.dtype), targets[:, None]
         size, kept = max(1, BLOCK[hidden.is_cpu] // N), []
         total = torch.full(targets.shape, -torch.inf, device=hidden.device)  # log-sum-exp (N, 1)
@@ -303,11 +302,13 @@ def open_model(path, cfg, run):
 @torch.no_grad()
 def score_batch(run, model, pair, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
-    x, y = run.put(*pair)  # (B, T), (B, T)
+    (x, y), found = run.put(*pair), []  # (B, T), (B, T)
     with run.precision:
-        logits = model.head(model(x)).float()  # (B, T, V)
-    loss = [token_loss(logits, y)]
-    return loss + [Categorical(logits=logits).entropy()] if entropy else loss
+        for hidden, targets in zip(model(x), y, strict=True):  # by window: (T, C), (T,)
+            logits = model.head(hidden).float()  # (T, V): small enough to be fast
+            loss = [token_loss(logits, targets)]
+            found.append(loss + [entr(logits.softmax(-1)).sum(-1)] if entropy else loss)
+    return [torch.stack(values) for values in zip(*found, strict=True)]
 
 
 def score_corpus(cfg, run, windows):
@@ -470,8 +471,7 @@ def evaluate(cfg, run, model, held_out):
     started, record = time.time(), {}
     model.eval()
     for name, windows in held_out.items():
-        n = min(cfg.eval_windows, windows.n)
-        parts = np.array_split(np.arange(n), -(-n // cfg.micro_batch))
+        parts = torch.arange(min(cfg.eval_windows, windows.n)).split(cfg.micro_batch)
         losses = torch.cat([score_batch(run, model, windows[w])[0] for w in parts])
         record[name] = losses.mean().item()
     if cfg.questions and (path := Path(cfg.data, "questions.jsonl")).exists():

@@ -46,7 +46,7 @@ VARIANTS = {  # a change of results/variants/NAME.diff: (what it does, flags)
     "soft": ("every token, weighted by sigmoid(2 x excess)", ""),
     "falling": ("share kept falls from 100 % to 30 %", " --ratio 0.3"),
     "averaged": ("two references, their losses averaged", ""),
-    "sure": ("excess, where the reference is below 1 nat", ""),
+    "sure": ("excess, where the reference is below 1 nat; 40 %", " --ratio 0.4"),
     "absolute": ("excess without its sign: a mistake", ""),
 }
 RULES = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
@@ -54,7 +54,8 @@ SELF = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"
 
 
 def commands():
-    """Every published run as a shell line; lines are independent once those of `main` are done."""
+    """The published runs on the demo as shell lines, to be started in this order: what a line
+    needs is made by lines well before it (at most two of them at once)."""
 
     def rho(name, flags, seed, data="demo"):
         places = f"--data data/{data} --out out/seed{seed} --seed {seed} --name {name}"
@@ -78,15 +79,17 @@ def commands():
     for tokens, rates in LR.items():
         for lr in rates:
             yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
+    for wrong, dirty in DIRT:
+        if (wrong, dirty) != (0.75, 1):
+            data = f"w{wrong}-d{dirty}"
+            made = f"--wrong {wrong} --dirty {dirty} --max_tokens 1e6 --out data/{data}"
+            line = [f"python prepare_data.py {made}"]
+            for seed in (1, 2):
+                line.append(rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data))
+                known = f"--reference out/seed{seed}/ref.pt"
+                line.append(rho(f"{data}-slm", f"--stage slm {SHORT} {known}", seed, data))
+            yield " && ".join(line)
     for seed in (1, 2):
-        known = f"--stage slm {SHORT} --reference out/seed{seed}"
-        for wrong, dirty in DIRT:
-            if (wrong, dirty) != (0.75, 1):
-                data = f"w{wrong}-d{dirty}"
-                made = f"--wrong {wrong} --dirty {dirty} --max_tokens 1e6 --out data/{data}"
-                arms = [rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data)]
-                arms += [rho(f"{data}-slm", f"{known}/ref.pt", seed, data)]
-                yield " && ".join([f"python prepare_data.py {made}", *arms])
         for size in (1, 2, 4):
             yield rho(f"scope-{size}", f"--stage slm {SHORT} --micro_batch {size}", seed)
     for seed in (1,):
@@ -103,10 +106,11 @@ def commands():
             yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
         for rule in RULES:
             yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
-        for ratio in (0.6, 0.7, 0.8):  # the reference: plain training on the corpus itself
+        line = []  # one after the other: they share the scores of a reference, which is CLM's
+        for ratio in (0.6, 0.7, 0.8):
             flags = f"{slm} --ratio {ratio} --reference out/seed{other}/ratio-1.0.pt --select"
-            for rule in SELF:
-                yield rho(f"self-{rule}-{ratio}", f"{flags} {rule}", seed)
+            line += [rho(f"self-{rule}-{ratio}", f"{flags} {rule}", seed) for rule in SELF]
+        yield " && ".join(line)
     for name, (_, flags) in VARIANTS.items():
         made = f"mkdir -p out/{name} && cp *.py out/{name}"
         made += f" && git apply --directory=out/{name} results/variants/{name}.diff"
@@ -136,8 +140,9 @@ def read_logs(folder):
 
 
 def published(run):
-    """[records] of a published run, by seed."""
-    return [read_log(path) for path in sorted(HERE.glob(f"runs/seed*/{run}.jsonl"))]
+    """{seed: records} of a published run."""
+    paths = sorted(HERE.glob(f"runs/seed*/{run}.jsonl"))
+    return {int(path.parent.name.removeprefix("seed")): read_log(path) for path in paths}
 
 
 def value(record, key):
@@ -146,7 +151,14 @@ def value(record, key):
 
 
 def ends(run, key):
-    return [value(records[-1], key) for records in published(run)]
+    """Where each seed ended."""
+    return [value(records[-1], key) for records in published(run).values()]
+
+
+def gains(run, other, key="right"):
+    """run minus other where both ended, seed by seed; only of seeds that both have."""
+    a, b = published(run), published(other)
+    return [value(a[seed][-1], key) - value(b[seed][-1], key) for seed in a if seed in b]
 
 
 def deviation(values):
@@ -199,7 +211,7 @@ def main_rows():
     """The README's first table: means over the seeds."""
     yield ["arm", "tokens seen", "trained on", "target loss", "answers right, %"]
     for run in ARMS:
-        last = [records[-1] for records in published(run)]
+        last = [records[-1] for records in published(run).values()]
         trained = statistics.mean(r["trained"] for r in last)
         cells = [ARMS[run][0], f"{last[0]['tokens']:,}", f"{trained:,.0f}"]
         yield [*cells, spread(ends(run, "val_loss"), 3), spread(ends(run, "right"))]
@@ -209,7 +221,8 @@ def by_seed():
     """{"gain": [points], "right": [times fewer], "val_loss": ..., "over_ref": [points], ...}"""
     found = {"gain": [], "over_ref": [], "right": [], "val_loss": [], "seconds": [], "all": []}
     runs = {run: published(run) for run in ("ref", "clm", "slm")}
-    for ref, clm, slm in zip(*runs.values(), strict=True):
+    assert runs["ref"].keys() == runs["clm"].keys() == runs["slm"].keys()
+    for ref, clm, slm in zip(*(seeds.values() for seeds in runs.values()), strict=True):
         logs = {"clm": clm, "slm": slm}
         found["gain"].append(value(slm[-1], "right") - value(clm[-1], "right"))
         found["over_ref"].append(value(slm[-1], "right") - value(ref[-1], "right"))
@@ -234,12 +247,13 @@ def main_words():
     over, low, high = interval(found["over_ref"])
     yield f"over its reference the student is {over:+.1f} points ({low:+.1f} to {high:+.1f})"
     yield f"in seconds, SLM reaches CLM's end {spread(found['seconds'])} times sooner"
-    yield f"{spread(found['all'])} with the reference's training and the scoring counted in"
+    counted = "the reference's training and the scoring (a third of CLM's time: one pass of three)"
+    yield f"{spread(found['all'])} times with {counted} counted in"
 
 
 def long_rows():
     """One seed, three times as long: does CLM catch up?"""
-    arms = {run: published(f"long-{run}")[0] for run in ("clm", "slm")}
+    arms = {run: published(f"long-{run}")[1] for run in ("clm", "slm")}
     head = ("CLM right, %", "SLM right, %", "points", "CLM's target loss", "SLM's target loss")
     yield ["tokens seen", *head]
     for clm, slm in list(zip(arms["clm"], arms["slm"], strict=True))[5::5]:
@@ -248,17 +262,13 @@ def long_rows():
         yield [*cells, f"{clm['val_loss']:.3f}", f"{slm['val_loss']:.3f}"]
 
 
-def clm_at(key):
-    return ends("ratio-1.0", key)
-
-
 def sweep_rows(head, runs):
     """A table of short runs: {label: run}, and what each gains over CLM of the same length."""
     yield [head, "seeds", "target loss", "answers right, %", "points over CLM"]
     for label, run in runs.items():
-        gains = [a - b for a, b in zip(ends(run, "right"), clm_at("right"), strict=False)]
-        cells = [label, str(len(gains)), spread(ends(run, "val_loss"), 3)]
-        yield [*cells, spread(ends(run, "right")), spread(gains)]
+        over = gains(run, "ratio-1.0")
+        cells = [label, str(len(over)), spread(ends(run, "val_loss"), 3)]
+        yield [*cells, spread(ends(run, "right")), spread(over)]
 
 
 def ratio_runs():
@@ -305,11 +315,10 @@ def dirt_rows():
         "target loss, SLM minus CLM",
     ]
     for wrong, dirty, share, clm, slm in dirt_cells():
-        gains = [a - b for a, b in zip(ends(slm, "right"), ends(clm, "right"), strict=True)]
-        losses = [a - b for a, b in zip(ends(slm, "val_loss"), ends(clm, "val_loss"), strict=True)]
-        cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %", str(len(gains))]
+        over, losses = gains(slm, clm), gains(slm, clm, "val_loss")
+        cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %", str(len(over))]
         cells += [spread(ends(clm, "right")), spread(ends(slm, "right"))]
-        yield [*cells, spread(gains), spread(losses, 3)]
+        yield [*cells, spread(over), spread(losses, 3)]
 
 
 def reference_rows():
@@ -325,17 +334,16 @@ def reference_rows():
         ("ref", "ratio-0.5", "as published"),
         *((f"ref-{n}", f"slm-ref-{n}", label) for n, (label, _) in REFERENCES.items()),
     ]:
-        gains = [a - b for a, b in zip(ends(slm, "right"), clm_at("right"), strict=False)]
-        known = [ends(ref, "val_loss")[: len(gains)], ends(ref, "right")[: len(gains)]]
-        cells = [label, str(len(gains)), spread(known[0], 3), spread(known[1])]
-        cells.append(spread(ends(slm, "right")))
-        yield [*cells, spread(gains)]
+        over = gains(slm, "ratio-1.0")
+        known = [ends(ref, key)[: len(over)] for key in ("val_loss", "right")]
+        cells = [label, str(len(over)), spread(known[0], 3), spread(known[1])]
+        yield [*cells, spread(ends(slm, "right")), spread(over)]
 
 
 def lr_rows():
     yield ["tokens", "learning rate", "CLM's target loss", "answers right, %"]
     found = [read_log(path) for path in (HERE / "runs").glob("seed1/lr*.jsonl")]
-    found += [published("ratio-1.0")[0], published("clm")[0]]
+    found += [published("ratio-1.0")[1], published("clm")[1]]
     for records in sorted(found, key=lambda r: (r[-1]["tokens"], r[0]["config"]["lr"])):
         r = records[-1]
         rate = f"{records[0]['config']['lr']:g}"
@@ -398,8 +406,9 @@ def curves(runs, path, keys=("right", "val_loss")):
                 ax.axhline(mean[-1], ls="--", lw=0.8, color=color)
         ax.set_title(TITLES[key], fontsize=10)
         ax.set_xlabel("tokens seen, millions")
-        if key != "right":
-            ax.set_ylim(top=min(1.5, max(mean)))
+        if key != "right":  # not all of the first fall
+            highest = max(look[key] for seeds in runs.values() for s in seeds for look in s[1:])
+            ax.set_ylim(top=min(2 * runs["clm"][0][-1][key], highest))
     axes[1].legend(frameon=False, fontsize=9)
     save(fig, axes, path)
 
@@ -427,10 +436,10 @@ def sweeps(path):
         line(ax, x, [c[4] for c in at], slm, "SLM")
         ax.set_title(title, fontsize=9)
     known = [("ref", "ratio-0.5"), *((f"ref-{n}", f"slm-ref-{n}") for n in REFERENCES)]
-    known.sort(key=lambda pair: statistics.mean(ends(pair[0], "right")[:3]))
-    x = [statistics.mean(ends(ref, "right")[:3]) for ref, _ in known]
+    known.sort(key=lambda pair: statistics.mean(ends(pair[0], "right")))
+    x = [statistics.mean(ends(ref, "right")) for ref, _ in known]
     line(axes[3], x, [run for _, run in known], slm, "SLM")
-    axes[3].axhline(statistics.mean(clm_at("right")), color=clm, ls="--", label="CLM")
+    axes[3].axhline(statistics.mean(ends("ratio-1.0", "right")), color=clm, ls="--", label="CLM")
     axes[3].set_title("right answers of the reference, %", fontsize=9)
     axes[0].set_ylabel("answers right, %")
     axes[1].legend(frameon=False, fontsize=9)
@@ -472,7 +481,7 @@ def kept(looks, run, ratio):
 def looks_picture(looks, logs, path):
     """Kept and left-out tokens through training: the paper's Figs. 6, 8 and 7, and their kinds.
 
-    Fig. 7 is a line of accuracy on the logarithm of the loss, over both arms; r is its correlation.
+    Fig. 7 is, for each arm, a line of accuracy on the loss's logarithm; r is their correlation.
     """
     fig, axes = plots().subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
     seen = looks["slm seen"] / 1e6
@@ -484,17 +493,20 @@ def looks_picture(looks, logs, path):
         for run, losses in found.items():
             label, style = f"{run.upper()}: {way}", "-" if way == "kept" else "--"
             axes[0, 0].plot(seen, losses, style, color=ARMS[run][1], label=label)
-            ax.plot(losses[2:], right[run][2:], "o", ms=3, color=ARMS[run][1], label=run.upper())
-        x = np.log(np.concatenate([losses[2:] for losses in found.values()]))
-        y = np.concatenate([right[run][2:] for run in found])
-        slope, start = np.polyfit(x, y, 1)
-        line = np.linspace(x.min(), x.max(), 50)
-        label = f"r = {np.corrcoef(x, y)[0, 1]:.2f}"
-        ax.plot(np.exp(line), slope * line + start, ":", color="black", label=label)
+            x, y = np.log(losses[2:]), right[run][2:]
+            label = f"{run.upper()}, r = {np.corrcoef(x, y)[0, 1]:.2f}"
+            ax.plot(losses[2:], y, "o", ms=3, color=ARMS[run][1], label=label)
+            slope, start = np.polyfit(x, y, 1)
+            ax.plot(losses[2:], slope * x + start, ":", color=ARMS[run][1])
         ax.set_xlabel(f"loss on tokens {way}, nats")
         ax.set_title(f"answers right, %, against loss on tokens {way}", fontsize=9)
+    for run in ("clm", "slm"):
+        mean = looks[run].mean(1, dtype=float)
+        axes[0, 0].plot(seen, mean, ":", color=ARMS[run][1], label=f"{run.upper()}: all")
     axes[0, 0].set(yscale="log")
-    axes[0, 0].set_title("loss on tokens that SLM keeps at the end, nats", fontsize=9)
+    axes[0, 0].set_title(
+        "loss on tokens that SLM keeps at the end, on the others, on all", fontsize=8
+    )
     for i in np.linspace(1, len(seen) - 1, 4).astype(int):
         perplexity = np.exp(looks["slm"][1:, mine[i]].mean(1, dtype=float))
         axes[0, 1].plot(seen[1:], perplexity, label=f"kept at {seen[i]:.1f} M")
@@ -528,15 +540,20 @@ def kinds_rows(looks, ratio):
     yield ["precision of target", "", *(f"{target[mine[i]].mean():.0%}" for i in at)]
 
 
-CLASSES = {"H->H": "11 %", "L->H": "12 %", "H->L": "26 %", "L->L": "51 %"}  # paper, 1 B
+CLASSES = {  # of the paper's 1 B model: share, mean loss at the first look and at the last
+    "H->H": ("11 %", "3.74 flat"),
+    "L->H": ("12 %", "3.30 → 3.84"),
+    "H->L": ("26 %", "3.34 → 2.51"),
+    "L->L": ("51 %", "0.22 flat"),
+}
 
 
 def dynamics(looks, run):
-    """({class: mask (N,)}, losses (looks, N)) of a run; section 2.1 of the paper."""
+    """({class: mask (N,)}, losses (1 + looks, N)) from clm.pt on; section 2.1 of the paper."""
     sys.path.insert(0, str(HERE.parent))
     from rho import token_dynamics
 
-    losses = looks[run].astype(float)
+    losses = np.concatenate([looks["clm"][-1:], looks[run]]).astype(float)
     found = token_dynamics(losses)
     return {name: found == name for name in CLASSES}, losses
 
@@ -545,9 +562,9 @@ def dynamics_rows(looks):
     """Shares of the four classes, and their mean loss at the first look and at the last."""
     runs = [dynamics(looks, run) for run in ("dynamics-clm", "dynamics-slm")]
     heads = [f"{arm}: {what}" for arm in ("CLM", "SLM") for what in ("share", "mean loss")]
-    yield ["class", "paper: share", *heads]
-    for name, share in CLASSES.items():
-        cells = [name.replace("->", "→"), share]
+    yield ["class", "paper: share", "paper: mean loss", *heads]
+    for name, paper in CLASSES.items():
+        cells = [name.replace("->", "→"), *paper]
         for classes, losses in runs:
             mine = losses[:, classes[name]].mean(1) if classes[name].any() else [np.nan]
             cells += [f"{classes[name].mean():.0%}", f"{mine[0]:.2f} → {mine[-1]:.2f}"]
@@ -560,7 +577,7 @@ def dynamics_picture(looks, path):
     colors = dict(zip(CLASSES, ("#c8372d", "#d6a03a", "#2b6cb0", "#4a9a5b"), strict=True))
     for ax, run in zip(axes, ("dynamics-clm", "dynamics-slm"), strict=False):
         classes, losses = dynamics(looks, run)
-        seen = looks[f"{run} seen"] / 1e6
+        seen = np.append(0, looks[f"{run} seen"]) / 1e6
         for name, mine in classes.items():
             label = f"{name.replace('->', '→')}  {mine.mean():.0%}"
             if mine.any():
@@ -572,9 +589,9 @@ def dynamics_picture(looks, path):
         mine = np.flatnonzero(classes[name])
         for token in mine[np.argsort(-losses[:, mine].std(0))][:4]:
             axes[2].plot(seen, losses[:, token], color=colors[name], lw=0.9)
-    axes[2].set_title("CLM: single tokens, H→H (red) and L→L (green), nats", fontsize=9)
+    axes[2].set_title("CLM: the H→H (red), L→L (green) that move most", fontsize=9)
     for ax in axes:
-        ax.set_xlabel("tokens seen, millions")
+        ax.set_xlabel("tokens seen since clm.pt, millions")
     save(fig, axes, path)
 
 
@@ -601,8 +618,8 @@ def token_page(folder, n=2048):
             "loss": cents(losses[:, :n]),
             "cut": lowest.tolist(),
             "dynamics": moves,
+            "seen": looks[f"{run} seen"].tolist(),
         }
-        data["tokens"] = looks[f"{run} seen"].tolist()
     safe = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = (HERE / "tokens_template.html").read_text().replace("@DATA@", safe)
     (Path(folder) / "tokens.html").write_text(page)
@@ -621,6 +638,8 @@ def growth(path):
         for ax, (key, title) in zip(column, titles.items(), strict=True):
             ax.plot([r[axis] for r in mine], [r[key] for r in mine], "o-", color="#c8372d")
             ax.set(xscale="log", yscale="log")
+            ax.set_xticks([r[axis] for r in mine], [f"{r[axis]:,.3g}" for r in mine], fontsize=7)
+            ax.minorticks_off()
             if axis == "width":
                 ax.set_ylabel(title, fontsize=9)
         column[1].set_xlabel(axis + (", tokens" if axis in ("context", "corpus") else ""))
@@ -688,7 +707,7 @@ def text_of(sentences):
 
 def readme(text):
     """The README with all its tables made anew from the logs in results/."""
-    seed = {run: published(run)[0] for run in ARMS}
+    seed = {run: published(run)[1] for run in ARMS}
     told = [markdown(main_rows()), text_of(main_words()), machine(seed)]
     tables = {"main": "\n\n".join(told)}
     logs = read_logs(HERE / "real")
@@ -730,7 +749,7 @@ def summary():
         },
         "real": {
             "tokens": real["clm"][-1]["tokens"],
-            "seeds": 1,
+            "seeds": len({records[0]["config"]["seed"] for records in real.values()}),
             "heldout_loss": {k: round(real[v][-1]["val_loss"], 4) for k, v in losses.items()},
         },
         "dynamics": {name: round(float(mine.mean()), 4) for name, mine in classes.items()},
@@ -772,7 +791,7 @@ def main(argv):
     elif argv:
         show(argv[0])
     else:
-        curves({run: published(run) for run in ARMS}, HERE / "main.png")
+        curves({run: [*published(run).values()] for run in ARMS}, HERE / "main.png")
         curves({run: [r] for run, r in read_logs(HERE / "real").items()}, HERE / "real.png")
         sweeps(HERE / "sweeps.png")
         looks = read_looks(HERE / "runs" / "seed1")
