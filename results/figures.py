@@ -70,7 +70,7 @@ def commands():
         slm = f"--stage slm {SHORT}"
         for ratio in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0):
             yield rho(f"ratio-{ratio}", f"{slm} --ratio {ratio}", seed)
-        for threshold in (0.0, 0.5, 1.0) if seed < 3 else ():
+        for threshold in (0.0, 0.5, 1.0):
             yield rho(f"threshold-{threshold}", f"{slm} --threshold {threshold}", seed)
     made = "python prepare_data.py --max_tokens 6.2e6 --out data/long"
     long = "--tokens 6000000 --evals 30"
@@ -89,7 +89,7 @@ def commands():
                 known = f"--reference out/seed{seed}/ref.pt"
                 line.append(rho(f"{data}-slm", f"--stage slm {SHORT} {known}", seed, data))
             yield " && ".join(line)
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         for size in (1, 2, 4):
             yield rho(f"scope-{size}", f"--stage slm {SHORT} --micro_batch {size}", seed)
     for seed in (1,):
