@@ -49,7 +49,7 @@ VARIANTS = {  # a change of results/variants/NAME.diff: (what it does, flags)
     "sure": ("excess, where the reference is below 1 nat; 40 %", " --ratio 0.4"),
     "absolute": ("excess without its sign: a mistake", ""),
 }
-RULES = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
+ALONE = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
 SELF = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
 
 
@@ -104,7 +104,7 @@ def commands():
         slm, other = f"--stage slm {SHORT}", seed % 3 + 1
         for ratio in (0.5, 0.7):
             yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
-        for rule in RULES:
+        for rule in ALONE:
             yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
         flags = f"{slm} --ratio 0.7 --reference out/seed{other}/ratio-1.0.pt --select"
         line = [rho(f"self-{rule}-0.7", f"{flags} {rule}", seed) for rule in SELF]
@@ -202,7 +202,7 @@ def sentences(logs):
         if key in logs["clm"][-1]:
             tokens, times = passed(logs, key)
             end = f"after {tokens:,} tokens: {times:.1f} times fewer" if tokens else "at no point"
-            yield f"slm passed clm's {named[key]} {end}"
+            yield f"SLM passed CLM's {named[key]} {end}"
 
 
 def main_rows():
@@ -282,7 +282,7 @@ def scope_runs():
 
 def variant_runs():
     runs = {"CLM": "ratio-1.0", "random": "random-0.5", "excess (SLM)": "ratio-0.5"}
-    runs |= {label: f"rule-{rule}" for rule, label in RULES.items()}
+    runs |= {label: f"rule-{rule}" for rule, label in ALONE.items()}
     return runs | {label: f"variant-{name}" for name, (label, _) in VARIANTS.items()}
 
 
@@ -335,6 +335,20 @@ def reference_rows():
         known = [ends(ref, key)[: len(over)] for key in ("val_loss", "right")]
         cells = [label, str(len(over)), spread(known[0], 3), spread(known[1])]
         yield [*cells, spread(ends(slm, "right")), spread(over)]
+
+
+def hours_rows():
+    """What each part of `commands` took, from its logs."""
+    parts = {"main table, what is kept": ("ref", "clm", "slm", "slm-random", "slm-oracle")}
+    parts |= {"how much": ("ratio-*", "threshold-*"), "how dirty": ("w*-clm", "w*-slm")}
+    parts |= {"how good": ("ref-*", "slm-ref-*"), "how long": ("long-*",), "scope": ("scope-*",)}
+    parts |= {"learning rate": ("lr*",), "dynamics": ("dynamics-*",), "self-reference": ("self-*",)}
+    parts |= {"controls, other rules, variants": ("random-*", "rule-*", "variant-*")}
+    yield ["part", "runs", "core-hours"]
+    for part, patterns in parts.items():
+        logs = [read_log(p) for name in patterns for p in HERE.glob(f"runs/seed*/{name}.jsonl")]
+        took = sum(seconds({"": records}) for records in logs) / 3600
+        yield [part, str(len(logs)), f"{took:.1f}"]
 
 
 def lr_rows():
@@ -723,7 +737,7 @@ def readme(text):
     tables |= {"self": markdown(sweep_rows("kept", self_runs()))}
     tables |= {"variants": markdown(sweep_rows("rule", variant_runs()))}
     tables |= {"dirt": markdown(dirt_rows()), "references": markdown(reference_rows())}
-    tables |= {"long": markdown(long_rows())}
+    tables |= {"long": markdown(long_rows()), "hours": markdown(hours_rows())}
     tables |= {"lr": markdown(lr_rows()), "bench": markdown(bench_rows())}
     for marker, content in tables.items():
         text = fill(text, marker, content)
