@@ -26,6 +26,13 @@ ARMS = {  # run: (label, color)
     "slm": ("SLM: selected tokens", "#c8372d"),
     "slm-oracle": ("oracle: target tokens", "#4a9a5b"),
 }
+REAL = {run: ARMS[run] for run in ("ref", "clm", "slm-random", "slm")}
+REAL |= {
+    "slm-30": ("SLM, 30 % selected", "#8e44ad"),
+    "self-ref_loss": ("self-reference: low loss, 70 %", "#555555"),
+    "self-ref_both": ("self-reference: both, 70 %", "#555555"),
+}
+TASKS = ("singleop", "addsub")  # of MAWPS: the easiest word problems there are
 TITLES = {
     "right": "questions answered right, %",
     "val_loss": "loss on held-out target text, nats",
@@ -35,6 +42,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval o
 LONG, SHORT = "--tokens 2000000 --evals 20", "--evals 3"
 LR = {900_000: ("3.75e-4", "5e-4", "1e-3", "1.5e-3", "3e-3")}  # 7.5e-4 is ratio-1.0's
 LR |= {2_000_000: ("5e-4", "1e-3")}  # and the main table's
+REAL_LR, REAL_LR_CHOSEN = ("5e-4", "1e-3", "2e-3", "4e-3"), "2e-3"
 DIRT = [(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1), (0.75, 3), (0.75, 6)]  # wrong, dirty
 REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
     "1500": ("0.3 x clean text", ""),
@@ -120,6 +128,63 @@ def commands():
             run = rho(f"variant-{name}", flags_here, seed)
             runs.append(run.replace("rho.py", f"out/{name}/rho.py"))
         yield " && ".join([made, *runs])
+
+
+REAL_TEXT = """
+mkdir -p data/src/corpus data/src/base
+sed -n 1,500p $PACK/reference/gsm8k_train_text.jsonl > data/src/gsm8k_dev.jsonl
+sed -n 501~2p $PACK/reference/gsm8k_train_text.jsonl > data/src/gsm8k_ref.jsonl
+sed -n 502~2p $PACK/reference/gsm8k_train_text.jsonl > data/src/gsm8k_corpus.jsonl
+sed -n 1~4p $PACK/reference/math_train_text.jsonl > data/src/math_ref.jsonl
+sed -n 1~4p $PACK/corpus/openstax_math.jsonl > data/src/corpus/openstax_math.jsonl
+sed -n 1~8p $PACK/corpus/planetmath.jsonl > data/src/corpus/planetmath.jsonl
+sed -n 1~8p $PACK/corpus/mathbooks_bysa.jsonl > data/src/corpus/mathbooks_bysa.jsonl
+sed -n 1~8p $PACK/corpus/mathbooks_gfdl.jsonl > data/src/corpus/mathbooks_gfdl.jsonl
+sed -n 2p $PACK/corpus/stacks.jsonl > data/src/corpus/stacks.jsonl
+cp $PACK/corpus/stackmathqa.jsonl data/src/corpus
+sed -n 1~3p $PACK/corpus/openstax_other.jsonl > data/src/base/openstax_other.jsonl
+sed -n 1~2p $PACK/corpus/techdocs.jsonl > data/src/base/techdocs.jsonl
+sed -n 1~16p $PACK/corpus/afp.jsonl > data/src/base/afp.jsonl
+cp $PACK/corpus/shakespeare.jsonl data/src/base
+for t in singleop addsub; do sed 's/"input"/"question"/;s/"target"/"answer"/'\
+ $PACK/eval/math-evaluation-harness/data/mawps/$t.jsonl > data/src/$t.jsonl; done
+"""  # GSM8K's training problems: 500 held out, the rest in halves; other text thinned out
+
+
+def real_commands():
+    """The published runs on real text as shell lines, in order; REAL_TEXT makes their data/src."""
+    clean = "--reference data/src/gsm8k_ref.jsonl data/src/math_ref.jsonl"
+    clean += " --val data/src/gsm8k_dev.jsonl --questions data/src/singleop.jsonl"
+    clean = f"python prepare_data.py {clean} data/src/addsub.jsonl"
+    noisy = "--corpus data/src/gsm8k_corpus.jsonl data/src/corpus"
+    yield f"{clean} {noisy} --tokenizer 4096 --out data/real"
+    yield f"{clean} --corpus data/src/base --tokenizer data/real/meta.json --out data/base"
+    shape = "--n_layer 4 --n_head 3 --n_kv_head 3 --n_embd 192 --n_inner 512 --block_size 256"
+    base = f"--data data/base --out out/real --name base --stage clm --seed 1 {shape} --lr 2e-3"
+    yield f"python rho.py {base} --tokens 2400000 --evals 8 --eval_windows 128 --questions 0"
+    same = "--data data/real --init out/real/base.pt --block_size 256 --questions 0"
+
+    def rho(seed, name, flags):
+        places = f"--out out/real/seed{seed} --seed {seed} --name {name}"
+        return f"python rho.py {same} {places} {flags}"
+
+    for lr in REAL_LR:
+        short = f"--stage clm --lr {lr} --tokens 400000 --evals 1 --eval_windows 352"
+        yield rho(1, f"lr{lr}", short)
+    full = f"--lr {REAL_LR_CHOSEN} --evals 6 --eval_windows 352"
+    for seed in (1, 2, 3):
+        slm = f"--stage slm {full} --tokens 1200000"
+        arms = {"ref": f"--stage ref {full} --ref_tokens 1200000"}
+        arms |= {"clm": f"--stage clm {full} --tokens 1200000"}
+        arms |= {"slm-random": f"{slm} --select random --ratio 0.6"}
+        arms |= {"slm": f"{slm} --ratio 0.6", "slm-30": f"{slm} --ratio 0.3"}
+        if seed == 3:  # another seed's CLM run as the reference
+            known = "--ratio 0.7 --reference out/real/seed2/clm.pt --select"
+            arms |= {f"self-{rule}": f"{slm} {known} {rule}" for rule in ("ref_loss", "ref_both")}
+        for name, flags in arms.items():
+            asked = f"python eval_math.py --ckpt out/real/seed{seed}/{name}.pt --shots 0"
+            asked += " --max_new_tokens 128 --task data/src"
+            yield " && ".join([rho(seed, name, flags), *(f"{asked}/{t}.jsonl" for t in TASKS)])
 
 
 def read_log(path):

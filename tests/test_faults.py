@@ -253,7 +253,7 @@ def test_stages_by_themselves_from_a_fresh_checkout(tmp_path, monkeypatch, capsy
 def test_all_ends_with_table_sentence_and_picture_and_then_skips(place, capfd):
     run(place, "--stage=all", "--questions=4")
     told = capfd.readouterr().out
-    for what in ("SLM: selected tokens", " of 4", "slm passed clm's final"):
+    for what in ("SLM: selected tokens", " of 4", "SLM passed CLM's final"):
         assert what in told
     assert "demo.png" in told and (place[1] / "demo.png").exists()
     started = time.time()
