@@ -21,7 +21,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,7 +44,6 @@ general       corpus     3    bigcode/starcoderdata        train  content
 math,general  corpus     1    open-web-math/open-web-math  train  text
 math,general  questions  1    openai/gsm8k:main            test   question,answer
 """  # all on the hub; size: share of what is read in that role
-PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # a digit is a token of its own
 MENDING = "a bad row? --skip_bad. A .zst? pip install zstandard. No hub? --reference, --corpus FILE"
 
 
@@ -63,28 +62,6 @@ def get_tokenizer(spec):
     except (KeyError, TypeError, ValueError, OSError) as error:
         why = f"damaged, no network (TIKTOKEN_CACHE_DIR) or not of {tiktoken.list_encoding_names()}"
         raise InputError(f"--tokenizer {spec.get('name')}: {why}") from error
-
-
-def small_tokenizer(name, ranks):
-    """meta["tokenizer"] of tokens (bytes) by rank, end-of-text after them, split by PATTERN."""
-    n = len(ranks)
-    spec = {"name": name, "n_vocab": n + 1, "eot": n, "pat_str": PATTERN}
-    return spec | {"ranks": [base64.b64encode(token).decode() for token in ranks]}
-
-
-def train_bpe(text, size):
-    """Tokens by rank of a byte pair encoding: the bytes, then the commonest pair, and so on."""
-    ranks, words = [bytes([b]) for b in range(256)], Counter(regex.findall(PATTERN, text))
-    words = [(word.encode().decode("latin-1"), n) for word, n in words.items()]  # chr: its rank
-    while len(ranks) < size:
-        pairs = Counter()
-        for word, n in words:
-            for pair in pairwise(word):
-                pairs[pair] += n
-        a, b = max(pairs, key=pairs.get)
-        words = [(word.replace(a + b, chr(len(ranks))), n) for word, n in words]
-        ranks.append(ranks[ord(a)] + ranks[ord(b)])
-    return ranks
 
 
 def find_sources(args):
@@ -214,13 +191,6 @@ def prepare_text(args, sources, command):
     """Tokenise the sources into the folder args.out. InputError if one is bad or too short."""
     folder, name = os.path.split(args.tokenizer)
     spec = load_meta(folder)["tokenizer"] if name == "meta.json" else {"name": args.tokenizer}
-    if name.isdigit():  # of the first rows of all reference sources, in step
-        rows = heapq.merge(*(read_source(s, True) for s in sources if s["role"] == "reference"))
-        try:
-            ranks = train_bpe("\n".join(text for *_, text in islice(rows, 2000)), int(name) - 1)
-        except ValueError as error:
-            raise InputError(f"--tokenizer {name}: under 257, or too little text") from error
-        spec = small_tokenizer("bpe", ranks)
     encoding, held, found = get_tokenizer(spec), {}, []
     spec |= {"n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
     dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
@@ -263,6 +233,7 @@ def prepare_text(args, sources, command):
 # web-like pages in which such problems hide, with the dirt of real crawls: wrong worked answers,
 # chatter, articles (they can be learned, so they cost capacity), page furniture, random strings.
 KINDS = ("target", "wrong", "chatter", "article", "furniture", "noise")
+PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # a digit is a token of its own
 NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam".split()
 THINGS = "apples books cards coins eggs flowers marbles pens plums shells stamps toys".split()
 MENU = "Home About Contact Login Register Search Help Forum Shop News Terms Privacy RSS".split()
@@ -351,8 +322,9 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, d
     words = Counter(regex.findall(PATTERN, "".join(text for d in sample for text, _ in d)))
     ranks = [bytes([b]) for b in range(256)]  # so any text has tokens; then the frequent words
     ranks += [word.encode() for word, _ in words.most_common() if len(word) > 1][: vocab - 257]
-    spec, corpus = small_tokenizer("demo", ranks), pages(random.Random(seed + 2), wrong, dirty)
-    encoding = get_tokenizer(spec)
+    spec = {"name": "demo", "n_vocab": vocab, "eot": vocab - 1, "pat_str": PATTERN}
+    spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
+    encoding, corpus = get_tokenizer(spec), pages(random.Random(seed + 2), wrong, dirty)
     meta = dict(tokenizer=spec, dtype="uint16", kinds=KINDS, seed=seed, wrong=wrong, dirty=dirty)
     streams = {"ref": (iter(clean), np.inf), "train": (corpus, n_train)}
     streams |= {"val": (iter(held.values()), np.inf), "val_corpus": (corpus, n_train // 40)}
@@ -380,7 +352,7 @@ def main(argv):
     add("--recipe", choices=["math", "general"], help="the paper's sets from the hub, not PATHs")
     add("--out", help="folder to write (default: data/RECIPE, data/mine or data/demo)")
     add("--field", default="text", help="field of a row with the text, or QUESTION,ANSWER")
-    add("--tokenizer", default="gpt2", help="of tiktoken; FOLDER/meta.json: its; 4096: made")
+    add("--tokenizer", default="gpt2", help="name in tiktoken, or FOLDER/meta.json for the same")
     add("--max_tokens", type=float, metavar="N", help="stop the corpus here; 1e9 is a number")
     add("--val_docs", type=int, default=500, metavar="N", help="documents split off, at most")
     add("--questions", **paths, help=".jsonl with question, answer: kept out of all training text")

@@ -3,20 +3,28 @@
     python results/figures.py out/demo    one set of runs: its table, picture and page of tokens
     python results/figures.py             the published logs: pictures, summary.json, README tables
     python results/figures.py commands    the commands that made the published logs, one job a line
-    python results/figures.py collect     their logs, and seed 1's looks, into results/runs
+    python results/figures.py commands real                     those of the runs on real text
+    python results/figures.py collect     their logs, and seed 1's looks, into results/
+    python results/figures.py tokenizer 4096 data/bpe A.jsonl B.jsonl   a small one, of this text
 
 rho.py computes, this file draws; no number in the README is typed by hand.
 """
 
+import base64
+import heapq
 import json
 import re
 import statistics
 import sys
+from collections import Counter
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import regex
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 KINDS = {0: "target text", 6: "a slip: the wrong number itself", 1: "what follows a slip"}
 KINDS |= {2: "chatter", 3: "article", 4: "furniture", 5: "noise"}  # as in prepare_data.py, but 6
 ARMS = {  # run: (label, color)
@@ -47,6 +55,7 @@ DIRT = [(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1), (0.75, 3), (0.75, 6)]  # 
 REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
     "1500": ("0.3 x clean text", ""),
     "15000": ("3 x clean text", ""),
+    "50000": ("10 x clean text, 3.3 times as long", "--ref_tokens 3000000"),
     "small": ("smaller: 2 x 64", "--n_layer 2 --n_embd 64 --n_inner 192 --n_head 2 --n_kv_head 2"),
     "large": ("larger: 3 x 192", "--n_embd 192 --n_inner 576"),
 }
@@ -58,6 +67,10 @@ VARIANTS = {  # a change of results/variants/NAME.diff: (what it does, flags)
     "absolute": ("excess without its sign: a mistake", ""),
 }
 ALONE = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
+LONGER = {  # data: (share of wrong answers, tokens seen, seeds)
+    "long": (0.75, 6_000_000, (1,)),
+    "long-w0.9": (0.9, 4_000_000, (1, 2, 3)),
+}
 SELF = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
 
 
@@ -80,10 +93,17 @@ def commands():
             yield rho(f"ratio-{ratio}", f"{slm} --ratio {ratio}", seed)
         for threshold in (0.0, 0.5, 1.0):
             yield rho(f"threshold-{threshold}", f"{slm} --threshold {threshold}", seed)
-    made = "python prepare_data.py --max_tokens 6.2e6 --out data/long"
-    long = "--tokens 6000000 --evals 30"
-    slm = rho("long-slm", f"--stage slm {long} --reference out/seed1/ref.pt", 1, "long")
-    yield " && ".join([made, rho("long-clm", f"--stage clm {long}", 1, "long"), slm])
+    for data, (wrong, tokens, seeds) in LONGER.items():
+        made = f"--wrong {wrong} --max_tokens {tokens + 200_000} --out data/{data}"
+        line, long = (
+            [f"python prepare_data.py {made}"],
+            f"--tokens {tokens} --evals {tokens // 200_000}",
+        )
+        for seed in seeds:
+            known = f"--reference out/seed{seed}/ref.pt"
+            line.append(rho(f"{data}-clm", f"--stage clm {long}", seed, data))
+            line.append(rho(f"{data}-slm", f"--stage slm {long} {known}", seed, data))
+        yield " && ".join(line)
     for tokens, rates in LR.items():
         for lr in rates:
             yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
@@ -92,7 +112,7 @@ def commands():
             data = f"w{wrong}-d{dirty}"
             made = f"--wrong {wrong} --dirty {dirty} --max_tokens 1e6 --out data/{data}"
             line = [f"python prepare_data.py {made}"]
-            for seed in (1, 2):
+            for seed in (1, 2, 3):
                 line.append(rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data))
                 known = f"--reference out/seed{seed}/ref.pt"
                 line.append(rho(f"{data}-slm", f"--stage slm {SHORT} {known}", seed, data))
@@ -100,23 +120,25 @@ def commands():
     for seed in (1, 2, 3):
         for size in (1, 2, 4):
             yield rho(f"scope-{size}", f"--stage slm {SHORT} --micro_batch {size}", seed)
-    for seed in (1,):
-        known = f"--stage slm {SHORT} --reference out/seed{seed}"
-        for name, (_, shape) in REFERENCES.items():
-            data = "demo" if shape else f"ref{name}"
-            made = "" if shape else f"python prepare_data.py --n_ref {name} --out data/{data} && "
-            ref = rho(f"ref-{name}", f"--stage ref {SHORT} {shape}".strip(), seed, data)
-            yield f"{made}{ref} && {rho(f'slm-ref-{name}', f'{known}/ref-{name}.pt', seed)}"
+    for name, (_, flags) in REFERENCES.items():
+        data = f"ref{name}" if name.isdigit() else "demo"
+        line = [f"python prepare_data.py --n_ref {name} --out data/{data}"] * name.isdigit()
+        for seed in (1, 2, 3):
+            known = f"--stage slm {SHORT} --reference out/seed{seed}/ref-{name}.pt"
+            line.append(rho(f"ref-{name}", f"--stage ref {SHORT} {flags}".strip(), seed, data))
+            line.append(rho(f"slm-ref-{name}", known, seed))
+        yield " && ".join(line)
     yield "python rho.py --out out/seed1 --seed 1 --stage dynamics"
     for seed in (1, 2, 3):
         slm, other = f"--stage slm {SHORT}", seed % 3 + 1
-        for ratio in (0.5, 0.7):
+        for ratio in (0.5, 0.6, 0.7, 0.8):
             yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
         for rule in ALONE:
             yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
-        flags = f"{slm} --ratio 0.7 --reference out/seed{other}/ratio-1.0.pt --select"
-        line = [rho(f"self-{rule}-0.7", f"{flags} {rule}", seed) for rule in SELF]
-        yield " && ".join(line)
+        for ratio in (0.6, 0.7, 0.8):
+            flags = f"{slm} --ratio {ratio} --reference out/seed{other}/ratio-1.0.pt --select"
+            line = [rho(f"self-{rule}-{ratio}", f"{flags} {rule}", seed) for rule in SELF]
+            yield " && ".join(line)
     for name, (_, flags) in VARIANTS.items():
         made = f"mkdir -p out/{name} && cp *.py out/{name}"
         made += f" && git apply --directory=out/{name} results/variants/{name}.diff"
@@ -151,14 +173,55 @@ for t in singleop addsub; do sed 's/"input"/"question"/;s/"target"/"answer"/'\
 """  # GSM8K's training problems: 500 held out, the rest in halves; other text thinned out
 
 
+def train_bpe(text, size, pattern):
+    """Tokens by rank of a byte pair encoding: the bytes, then the commonest pair, and so on."""
+    ranks, words = [bytes([b]) for b in range(256)], Counter(regex.findall(pattern, text))
+    words = [(word.encode().decode("latin-1"), n) for word, n in words.items()]  # chr: its rank
+    while len(ranks) < size:
+        pairs = Counter()
+        for word, n in words:
+            for pair in pairwise(word):
+                pairs[pair] += n
+        a, b = max(pairs, key=pairs.get)
+        words = [(word.replace(a + b, chr(len(ranks))), n) for word, n in words]
+        ranks.append(ranks[ord(a)] + ranks[ord(b)])
+    return ranks
+
+
+def write_tokenizer(size, folder, paths):
+    """folder/meta.json for --tokenizer: `size` tokens, of the first 2,000 texts of .jsonl files.
+
+    The vocabulary matrix is most of a small model: of gpt2's 50,257 tokens, 85 % of its work.
+    """
+    from prepare_data import PATTERN
+
+    def read(path):  # in step with the other files, in proportion to their size
+        done = 0
+        for line in path.read_text().splitlines():
+            text = json.loads(line)["text"]
+            done += len(text.encode())
+            yield done / path.stat().st_size, text
+
+    texts = [text for _, text in islice(heapq.merge(*map(read, paths)), 2000)]
+    ranks = train_bpe("\n".join(texts), size - 1, PATTERN)
+    spec = {"name": "bpe", "n_vocab": size, "eot": size - 1, "pat_str": PATTERN}
+    spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"tokenizer": spec, "dtype": "uint16", "tokens": {}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 def real_commands():
     """The published runs on real text as shell lines, in order; REAL_TEXT makes their data/src."""
     clean = "--reference data/src/gsm8k_ref.jsonl data/src/math_ref.jsonl"
     clean += " --val data/src/gsm8k_dev.jsonl --questions data/src/singleop.jsonl"
     clean = f"python prepare_data.py {clean} data/src/addsub.jsonl"
+    clean = f"{clean} --tokenizer data/bpe/meta.json"
+    made = "python results/figures.py tokenizer 4096 data/bpe"
+    made += " data/src/gsm8k_ref.jsonl data/src/math_ref.jsonl"
     noisy = "--corpus data/src/gsm8k_corpus.jsonl data/src/corpus"
-    yield f"{clean} {noisy} --tokenizer 4096 --out data/real"
-    yield f"{clean} --corpus data/src/base --tokenizer data/real/meta.json --out data/base"
+    yield f"{made} && {clean} {noisy} --out data/real"
+    yield f"{clean} --corpus data/src/base --out data/base"
     shape = "--n_layer 4 --n_head 3 --n_kv_head 3 --n_embd 192 --n_inner 512 --block_size 256"
     base = f"--data data/base --out out/real --name base --stage clm --seed 1 {shape} --lr 2e-3"
     yield f"python rho.py {base} --tokens 2400000 --evals 8 --eval_windows 128 --questions 0"
@@ -202,9 +265,9 @@ def read_logs(folder):
     return logs
 
 
-def published(run):
-    """{seed: records} of a published run."""
-    paths = sorted(HERE.glob(f"runs/seed*/{run}.jsonl"))
+def published(run, part="runs"):
+    """{seed: records} of a published run; part: runs (the demo) or real."""
+    paths = sorted(HERE.glob(f"{part}/seed*/{run}.jsonl"))
     return {int(path.parent.name.removeprefix("seed")): read_log(path) for path in paths}
 
 
@@ -213,14 +276,14 @@ def value(record, key):
     return 100 * record[key] / record["questions"] if key == "right" else record[key]
 
 
-def ends(run, key):
+def ends(run, key, part="runs"):
     """Where each seed ended."""
-    return [value(records[-1], key) for records in published(run).values()]
+    return [value(records[-1], key) for records in published(run, part).values()]
 
 
-def gains(run, other, key="right"):
+def gains(run, other, key="right", part="runs"):
     """run minus other where both ended, seed by seed; only of seeds that both have."""
-    a, b = published(run), published(other)
+    a, b = published(run, part), published(other, part)
     return [value(a[seed][-1], key) - value(b[seed][-1], key) for seed in a if seed in b]
 
 
@@ -315,14 +378,28 @@ def main_words():
 
 
 def long_rows():
-    """One seed, three times as long: does CLM catch up?"""
-    arms = {run: published(f"long-{run}")[1] for run in ("clm", "slm")}
-    head = ("CLM right, %", "SLM right, %", "points", "CLM's target loss", "SLM's target loss")
-    yield ["tokens seen", *head]
-    for clm, slm in list(zip(arms["clm"], arms["slm"], strict=True))[5::5]:
-        right = [value(r, "right") for r in (clm, slm)]
-        cells = [f"{clm['tokens']:,}", *(f"{v:.1f}" for v in (*right, right[1] - right[0]))]
-        yield [*cells, f"{clm['val_loss']:.3f}", f"{slm['val_loss']:.3f}"]
+    """Longer runs, at every millionth token: does CLM catch up? Means over the seeds."""
+    arms = [f"{arm} {what}" for what in ("right, %", "target loss") for arm in ("CLM", "SLM")]
+    yield ["wrong answers", "seeds", "tokens seen", *arms, "points"]
+    for data, (wrong, _, _) in LONGER.items():
+        clm, slm = (published(f"{data}-{arm}") for arm in ("clm", "slm"))
+        assert clm.keys() == slm.keys()
+        for look in range(5, len(clm[1]), 5):
+            cells = [f"{100 * wrong:.0f} %", str(len(clm)), f"{clm[1][look]['tokens']:,}"]
+            right = [[value(r[look], "right") for r in arm.values()] for arm in (clm, slm)]
+            loss = [[r[look]["val_loss"] for r in arm.values()] for arm in (clm, slm)]
+            cells += [*map(spread, right), *(spread(values, 3) for values in loss)]
+            yield [*cells, spread([b - a for a, b in zip(*right, strict=True)])]
+
+
+def long_words():
+    for data, (wrong, _, _) in LONGER.items():
+        runs = [published(f"{data}-{arm}").values() for arm in ("clm", "slm")]
+        found = [passed(dict(clm=clm, slm=slm), "right")[1] for clm, slm in zip(*runs, strict=True)]
+        yield (
+            f"with {100 * wrong:.0f} % wrong, SLM is where CLM ends after {spread(found)} times"
+            " fewer tokens by accuracy"
+        )
 
 
 def sweep_rows(head, runs):
@@ -416,6 +493,47 @@ def hours_rows():
         yield [part, str(len(logs)), f"{took:.1f}"]
 
 
+def real_answers(run, task):
+    """Right answers of the seeds, % and, of all seeds' answers together, the 95 % interval."""
+    from eval_math import wilson_interval
+
+    found = json.loads((HERE / "real" / "answers.json").read_text())
+    right, asked = map(
+        sum, zip(*(found[key] for key in found if f"/{run}.{task}" in key), strict=True)
+    )
+    low, high = wilson_interval(right, asked)
+    return f"{100 * right / asked:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def real_rows():
+    tasks = [f"{task} right, %" for task in TASKS]
+    yield ["arm", "seeds", "tokens seen", "trained on", "target loss", "corpus loss", *tasks]
+    for run, (label, _) in REAL.items():
+        last = [records[-1] for records in published(run, "real").values()]
+        trained = statistics.mean(r["trained"] for r in last)
+        cells = [label, str(len(last)), f"{last[0]['tokens']:,}", f"{trained:,.0f}"]
+        cells += [spread(ends(run, key, "real"), 3) for key in ("val_loss", "val_corpus_loss")]
+        yield [*cells, *(real_answers(run, task) for task in TASKS)]
+
+
+def real_words():
+    for run, name in (
+        ("slm", "SLM"),
+        ("slm-30", "SLM at 30 %"),
+        ("slm-random", "random selection"),
+    ):
+        over, low, high = interval(gains(run, "clm", "val_loss", "real"))
+        yield f"{name} ends {over:+.3f} nats from CLM ({low:+.3f} to {high:+.3f}, paired)"
+    found = [
+        passed({"clm": clm, "slm": slm}, "val_loss")[1]
+        for clm, slm in zip(*(published(r, "real").values() for r in ("clm", "slm")), strict=True)
+    ]
+    if None in found:
+        yield "it does not reach CLM's final held-out loss in every seed"
+    else:
+        yield f"it is where CLM ends after {spread(found)} times fewer tokens"
+
+
 def lr_rows():
     yield ["tokens", "learning rate", "CLM's target loss", "answers right, %"]
     found = [read_log(path) for path in (HERE / "runs").glob("seed1/lr*.jsonl")]
@@ -432,9 +550,22 @@ def collect():
         copy = HERE / "runs" / path.relative_to("out")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    np.savez_compressed(HERE / "runs" / "seed1" / "looks.npz", **read_looks("out/seed1"))
+    for path in [*Path("out/real").glob("seed*/*.jsonl"), Path("out/real/base.jsonl")]:
+        copy = HERE / path.relative_to("out")
+        if "answers" not in path.name:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    answers = {}
+    for path in sorted(Path("out/real").glob("seed*/*.answers.jsonl")):
+        records = read_log(path)
+        name = f"{path.parent.name}/{path.name.removesuffix('.answers.jsonl')}"
+        answers[name] = [sum(r["correct"] for r in records), len(records)]
+    (HERE / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+    if Path("out/seed1/dynamics-slm.jsonl").exists():
+        np.savez_compressed(HERE / "runs" / "seed1" / "looks.npz", **read_looks("out/seed1"))
     kinds = {path.parent.name: np.load(path) for path in sorted(Path("data").glob("*/kinds.npz"))}
-    shares = {name: round(float((k["train"] == 0).mean()), 4) for name, k in kinds.items()}
+    shares = json.loads((HERE / "runs" / "shares.json").read_text())
+    shares |= {name: round(float((k["train"] == 0).mean()), 4) for name, k in kinds.items()}
     (HERE / "runs" / "shares.json").write_text(json.dumps(shares, indent=1) + "\n")
 
 
@@ -464,7 +595,7 @@ def curves(runs, path, keys=("right", "val_loss")):
     fig, axes = plots().subplots(1, len(keys), figsize=(10, 3.8), constrained_layout=True)
     for ax, key in zip(axes, keys, strict=True):
         for run, seeds in runs.items():
-            label, color = ARMS[run]
+            label, color = (ARMS | REAL)[run]
             x = [r["tokens"] / 1e6 for r in seeds[0][1:]]
             looks = [
                 [value(look, key) for look in at]
@@ -626,7 +757,6 @@ CLASSES = {  # of the paper's 1 B model: share, mean loss at the first look and 
 
 def dynamics(looks, run):
     """({class: mask (N,)}, losses (1 + looks, N)) from clm.pt on; section 2.1 of the paper."""
-    sys.path.insert(0, str(HERE.parent))
     from rho import token_dynamics
 
     losses = np.concatenate([looks["clm"][-1:], looks[run]]).astype(float)
@@ -673,7 +803,6 @@ def dynamics_picture(looks, path):
 
 def token_page(folder, n=2048):
     """out/.../tokens.html: the first n held-out corpus tokens, at each look; needs no network."""
-    sys.path.insert(0, str(HERE.parent))
     from prepare_data import get_tokenizer
     from rho import token_dynamics
 
@@ -789,8 +918,8 @@ def readme(text):
     seed = {run: published(run)[1] for run in ARMS}
     told = [markdown(main_rows()), text_of(main_words()), machine(seed)]
     tables = {"main": "\n\n".join(told)}
-    logs = read_logs(HERE / "real")
-    told = [markdown(rows(logs)), text_of(sentences(logs)), machine(logs)]
+    logs = {run: published(run, "real")[1] for run in ARMS if published(run, "real")}
+    told = [markdown(real_rows()), text_of(real_words()), machine(logs)]
     looks, ratio = read_looks(HERE / "runs" / "seed1"), seed["slm"][0]["config"]["ratio"]
     tables |= {"kinds": markdown(kinds_rows(looks, ratio))}
     tables |= {"dynamics": markdown(dynamics_rows(looks))}
@@ -802,7 +931,8 @@ def readme(text):
     tables |= {"self": markdown(sweep_rows("kept", self_runs()))}
     tables |= {"variants": markdown(sweep_rows("rule", variant_runs()))}
     tables |= {"dirt": markdown(dirt_rows()), "references": markdown(reference_rows())}
-    tables |= {"long": markdown(long_rows()), "hours": markdown(hours_rows())}
+    tables |= {"long": f"{markdown(long_rows())}\n\n{text_of(long_words())}"}
+    tables |= {"hours": markdown(hours_rows())}
     tables |= {"lr": markdown(lr_rows()), "bench": markdown(bench_rows())}
     for marker, content in tables.items():
         text = fill(text, marker, content)
@@ -811,7 +941,7 @@ def readme(text):
 
 def summary():
     """results/summary.json: the headline figures, computed from the logs."""
-    found, real = by_seed(), read_logs(HERE / "real")
+    found = by_seed()
     gain, low, high = interval(found["gain"])
     demo = read_logs(HERE / "demo")  # as `make demo` leaves them
     classes, _ = dynamics(read_looks(HERE / "runs" / "seed1"), "dynamics-clm")
@@ -827,9 +957,11 @@ def summary():
             "cores": demo["clm"][0]["threads"],
         },
         "real": {
-            "tokens": real["clm"][-1]["tokens"],
-            "seeds": len({records[0]["config"]["seed"] for records in real.values()}),
-            "heldout_loss": {k: round(real[v][-1]["val_loss"], 4) for k, v in losses.items()},
+            "tokens": published("clm", "real")[1][-1]["tokens"],
+            "seeds": len(published("clm", "real")),
+            "heldout_loss": {
+                k: round(statistics.mean(ends(v, "val_loss", "real")), 4) for k, v in losses.items()
+            },
         },
         "dynamics": {name: round(float(mine.mean()), 4) for name, mine in classes.items()},
         "bench": {},
@@ -863,15 +995,18 @@ def show(folder):
 
 
 def main(argv):
-    if argv == ["commands"]:
-        print("\n".join(commands()))
+    if argv[:1] == ["commands"]:
+        print("\n".join(real_commands() if "real" in argv else commands()))
+    elif argv[:1] == ["tokenizer"]:
+        write_tokenizer(int(argv[1]), Path(argv[2]), [*map(Path, argv[3:])])
     elif argv == ["collect"]:
         collect()
     elif argv:
         show(argv[0])
     else:
         curves({run: [*published(run).values()] for run in ARMS}, HERE / "main.png")
-        curves({run: [r] for run, r in read_logs(HERE / "real").items()}, HERE / "real.png")
+        real = {run: [*published(run, "real").values()] for run in (*ARMS, "slm-30")}
+        curves({run: seeds for run, seeds in real.items() if seeds}, HERE / "real.png")
         sweeps(HERE / "sweeps.png")
         looks = read_looks(HERE / "runs" / "seed1")
         looks_picture(looks, read_logs(HERE / "runs" / "seed1"), HERE / "looks.png")
