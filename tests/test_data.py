@@ -329,6 +329,14 @@ def test_questions_are_found_and_dropped(text):
     assert saved == [{"question": LONG, "answer": "42"}, {"question": SHORT, "answer": "42"}]
 
 
+def test_answers_may_be_numbers(text):
+    """As in MAWPS' own files: {"question": ..., "answer": 43.0}."""
+    write_jsonl("q.jsonl", [{"question": LONG, "answer": 43.0}])
+    run(*text[0], "--questions", "q.jsonl")
+    saved = json.loads(Path("out/questions.jsonl").read_text())
+    assert saved == {"question": LONG, "answer": "43.0"}
+
+
 def test_near_misses_are_kept(text):
     words = LONG.split()
     twelve = " ".join(words[2:14])

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiktoken._educational import bpe_train
 
+import prepare_data
 import rho
 
 ROOT = Path(rho.__file__).parent
@@ -81,7 +83,8 @@ def test_published_runs_are_comparable():
     """Same seed, data, model, optimizer, schedule and tokens in all arms; only the rule differs."""
     folders = [*(ROOT / "results" / "runs").glob("seed*")]
     assert len(folders) == 5
-    folders += [ROOT / "results" / "real", ROOT / "results" / "demo"]
+    folders += [*(ROOT / "results" / "real").glob("seed*"), ROOT / "results" / "demo"]
+    assert len(folders) == 9
     for folder in folders:
         logs = figures.read_logs(folder)
         arms = {run: records[0]["config"] for run, records in logs.items() if run != "ref"}
@@ -95,11 +98,11 @@ def test_published_runs_are_comparable():
 def test_published_logs_are_of_the_commands_that_are_named():
     """Each command has its log, made with just these flags and trained to its end."""
     found = 0
-    for command in " && ".join(figures.commands()).split(" && "):
+    for command in " && ".join([*figures.commands(), *figures.real_commands()]).split(" && "):
         if "rho.py" not in command:
             continue
         flags = dict(re.findall(r"--(\w+) (\S+)", command))
-        folder = ROOT / "results" / "runs" / f"seed{flags['seed']}"
+        folder = ROOT / "results" / flags["out"].replace("out/seed", "runs/seed")[4:]
         if flags["stage"] == "dynamics":
             for arm in ("clm", "slm"):
                 assert len(figures.read_log(folder / f"dynamics-{arm}.jsonl")) > 16
@@ -108,6 +111,8 @@ def test_published_logs_are_of_the_commands_that_are_named():
         if flags.get("select") == "oracle":  # within: kinds for losses, and all below one half
             flags["select"] = "ref_loss"
         stage, plain = flags.pop("stage"), rho.Config()
+        if stage == "ref" and "ref_tokens" in flags:
+            flags["tokens"] = flags.pop("ref_tokens")
         config = first["config"]
         for flag, text in flags.items():
             if not (flag == "ratio" and stage == "slm" and config["threshold"] is not None):
@@ -146,3 +151,17 @@ def test_kept_is_the_rule_of_select_tokens():
     for look, mine in zip(looks["slm"], figures.kept(looks, "slm", 0.4), strict=True):
         score = torch.from_numpy(look - looks["ref"][-1])
         assert (rho.select_tokens(score, 0.4).numpy() == mine).all()
+
+
+@pytest.mark.parametrize(("text", "n"), [("aaaa aaab cab ab b bb " * 3, 260), (README[:3000], 290)])
+def test_small_tokenizer_is_byte_pair_encoding(text, n, tmp_path):
+    """Against tiktoken's own, which is for teaching; and what is encoded comes back."""
+    ours = figures.train_bpe(text, n, prepare_data.PATTERN)
+    theirs = bpe_train(text, n, prepare_data.PATTERN, visualise=None)
+    assert ours == sorted(theirs, key=theirs.get)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    figures.write_tokenizer(n + 1, tmp_path / "bpe", [tmp_path / "a.jsonl"])
+    spec = json.loads((tmp_path / "bpe" / "meta.json").read_text())["tokenizer"]
+    encoding = prepare_data.get_tokenizer(spec)
+    assert encoding.decode(encoding.encode(text + "ß\n")) == text + "ß\n"
+    assert encoding.n_vocab == n + 1 and max(encoding.encode(text)) < n
