@@ -35,7 +35,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.special import entr
 from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
@@ -186,7 +185,7 @@ class HeadLoss(torch.autograd.Function):
         target, label = torch.zeros_like(total), targets  # target: its logit (N, 1)
         for part in head.split(size):
             logits = hidden @ part.T  # (N, v)
-            kept.append(logits if N * len(head) <= KEEP else None)
+            kept.append(logits if k != 0 and N * len(head) <= KEEP else None)
             logits, at = logits.float(), label.clamp(0, len(part) - 1)
             target += logits.gather(1, at) * (at == label)
             total = torch.logaddexp(total, logits.logsumexp(-1, keepdim=True))
@@ -302,13 +301,16 @@ def open_model(path, cfg, run):
 @torch.no_grad()
 def score_batch(run, model, pair, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, entropy of its prediction (B, T)."""
-    (x, y), found = run.put(*pair), []  # (B, T), (B, T)
+    x, y = run.put(*pair)  # (B, T)
+    none = partial(torch.zeros_like, dtype=torch.bool)  # nothing selected: no gradient, no logits
     with run.precision:
-        for hidden, targets in zip(model(x), y, strict=True):  # by window: (T, C), (T,)
-            logits = model.head(hidden).float()  # (T, V): small enough to be fast
-            loss = [token_loss(logits, targets)]
-            found.append(loss + [entr(logits.softmax(-1)).sum(-1)] if entropy else loss)
-    return [torch.stack(values) for values in zip(*found, strict=True)]
+        hidden = model(x).to(run.dtype)  # (B, T, C)
+        flat = hidden.flatten(0, 1), model.lm_head.weight, y.flatten()
+        loss = HeadLoss.apply(*flat, none, 0)[1].view(y.shape)  # (B, T)
+        if not entropy:
+            return [loss]
+        entropies = [torch.special.entr(model.head(h).float().softmax(-1)).sum(-1) for h in hidden]
+    return [loss, torch.stack(entropies)]
 
 
 def score_corpus(cfg, run, windows):
@@ -367,13 +369,11 @@ def train(cfg, run, name, split):
     """Train one arm to its end, going on where it stopped; returns the records of its log."""
     windows = Windows(cfg, run.meta, split)
     held_out = {f"{s}_loss": Windows(cfg, run.meta, s) for s in ("val", "val_corpus")}
-    scores = {}
+    scores = score_corpus(cfg, run, windows) if RULES.get(cfg.select) else {}
     if cfg.select == "oracle":  # the generator's own truth stands in for a reference's loss
         kinds = np.load(Path(cfg.data) / "kinds.npz")[split][1 : windows.n * windows.T + 1]
         scores = {"ref_loss": kinds.reshape(windows.n, windows.T)}  # 0 is target text
         cfg = replace(cfg, select="ref_loss", ratio=None, threshold=-0.5)
-    elif RULES[cfg.select]:
-        scores = score_corpus(cfg, run, windows)
 
     torch.manual_seed(cfg.seed)
     if cfg.init:
