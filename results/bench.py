@@ -199,7 +199,8 @@ def score_ratios():
     model, x, y = make("6x384")
     x, y = x.repeat(4, 1), y.repeat(4, 1)
     run = rho.Run.__new__(rho.Run)  # a processor, float32: no data needed
-    run.device, run.cuda, run.precision = torch.device("cpu"), False, contextlib.nullcontext()
+    run.device, run.cuda, run.dtype = torch.device("cpu"), False, torch.float32
+    run.precision = contextlib.nullcontext()
 
     def forward():
         with torch.no_grad():
