@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import operator
-import os
 import re
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import generate, load_model
+from model import generate, load_model, whole_file
 from prepare_data import InputError, get_tokenizer
 
 EXAMPLES = """\
@@ -306,12 +305,10 @@ def main(argv=None):
     shots = args.shots if args.shots is not None else 0 if args.task == "demo" else 8
     ckpt = args.ckpt
     out = Path(args.out or f"{ckpt.removesuffix('.pt')}.{Path(args.task).stem}.answers.jsonl")
-    temporary = Path(f"{out}.tmp")
     try:
         questions = load_questions(args.task, args.n, args.data)
         model, checkpoint = load_model(ckpt, args.device)
         encoding = get_tokenizer(checkpoint["tokenizer"])
-        out.parent.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:
         fail(f"{ckpt} not found. Run: python rho.py --stage slm (or the stage that makes it)")
     except (InputError, OSError) as error:
@@ -319,14 +316,11 @@ def main(argv=None):
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         fail(f"{ckpt} is of no use: {' '.join(str(error).split())[:200]}")
     try:
-        with open(temporary, "w") as file:  # opened first: what cannot be written is said at once
+        with whole_file(out) as file:  # opened first: what cannot be written is said at once
             records = answer_questions(model, encoding, questions, shots, *sizes, progress=True)
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        os.replace(temporary, out)
+            file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
     except OSError as error:
         fail(f"--out {out}: {error.strerror}")
-    finally:
-        temporary.unlink(missing_ok=True)
     right, n = sum(r["correct"] for r in records), len(records)
     interval = "{:.1%} to {:.1%}".format(*wilson_interval(right, n))
     short = sum(r["shots"] != shots for r in records)

@@ -212,16 +212,11 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint):
-    with whole_file(path) as f:
-        torch.save(checkpoint, f)
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. ModelError if it is cut short or something else."""
+def load_checkpoint(path):
+    """The dict that a run saved. ModelError if it is cut short or something else."""
     with open(path, "rb") as f:
         try:
-            return torch.load(f, map_location=device, weights_only=True)
+            return torch.load(f, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ModelError(f"{path} is cut short or foreign: delete it, run again") from error
 
@@ -231,9 +226,11 @@ def load_model(path, device="cpu"):
     try:
         if Path(path).is_dir():
             return load_hf(path).to(device), {}
-        checkpoint = load_checkpoint(path, device)
+        checkpoint = load_checkpoint(path)
         model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
         model.load_state_dict(checkpoint["model"])
+    except ImportError as error:
+        raise ModelError(f"{path}: Hugging Face weights need pip install safetensors") from error
     except (LookupError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} holds no model that fits this model.py: make it anew") from error
     return model, checkpoint

@@ -24,7 +24,6 @@ Glossary (code = paper)                            Where this differs from the p
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -36,6 +35,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo
 
 STAGES = ("ref", "score", "clm", "slm", "dynamics", "all")
 ARMS = (("ref", "loss"), ("clm", "loss"), ("slm", "excess"), ("slm", "random"))
-BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on a processor or not
+BLOCK = {True: 2**20, False: 2**28}  # logits worked on together, on CPU or elsewhere
 KEEP = 2**28  # logits that may stay in memory from the forward pass to the gradient
+BEST = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
 SHOWN = ("tokens", "seconds", "selected_loss", "val_loss", "val_corpus_loss", "right")
 PLACES = ("stage", "data", "out", "name", "reference", "device", "compile")  # no recipe
 
@@ -64,7 +65,7 @@ class Config:
     out: str = "out/demo"  # folder for checkpoints, scores and logs
     name: str = ""  # name of the run's files; empty: the stage's, and the rule unless excess
     seed: int = 1337  # of the first weights and of the order of windows
-    device: str = ""  # cuda, mps or cpu; empty: the best there is
+    device: str = BEST  # cuda, mps or cpu
     # selection, the paper's part
     select: str = "excess"  # excess, ref_loss, ref_entropy, ref_both, loss, random, oracle
     reference: str = ""  # checkpoint or Hugging Face folder that scores; empty: OUT/ref.pt
@@ -94,7 +95,7 @@ class Config:
     compile: bool | None = None  # torch.compile; unset: on CUDA only
     evals: int = 9  # evaluations over the run, evenly spaced; each also saves
     eval_windows: int = 64  # windows of held-out text in one evaluation
-    questions: int = 500  # demo questions answered in one evaluation
+    questions: int = 500  # of DATA/questions.jsonl answered in one evaluation
 
     @property
     def steps(self):
@@ -253,8 +254,7 @@ class Run:
 
     def __init__(self, cfg):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        best = cfg.device or torch.accelerator.current_accelerator(True)  # CUDA, MPS or None
-        self.device = torch.device(best or "cpu")
+        self.device = torch.device(cfg.device)
         self.cuda = self.device.type == "cuda"
         if self.cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -271,7 +271,7 @@ class Run:
 
     def put(self, *tensors):  # from pinned memory: the copy runs while the device works on
         tensors = [t.pin_memory() if self.cuda else t for t in tensors]
-        return [t.to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device, non_blocking=self.cuda) for t in tensors]
 
     def reduce(self, tensor=None):  # sum over the ranks, in place; of nothing: a barrier
         if self.world > 1:
@@ -290,7 +290,7 @@ def open_model(path, cfg, run):
         raise InputError(f"{path} not found. {mend}")
     model, checkpoint = load_model(path)
     spec = run.meta["tokenizer"]
-    fits = spec["n_vocab"] <= model.config.vocab_size and cfg.block_size <= model.config.block_size
+    fits = spec["n_vocab"] == model.config.vocab_size and cfg.block_size <= model.config.block_size
     if checkpoint.get("tokenizer", spec) != spec or not fits:
         raise InputError(f"{path}: wrong tokenizer or --block_size for {cfg.data}. {mend}")
     if checkpoint and checkpoint["records"][-1]["step"] < checkpoint["steps"]:
@@ -320,8 +320,8 @@ def score_corpus(cfg, run, windows):
     interrupted, or asks for more, goes on from there. Ranks share the work, for the same bytes.
     """
     reference = open_model(Path(cfg.reference or Path(cfg.out, "ref.pt")), cfg, run).eval()
-    basis = f"{run.meta['files']['train.bin']} {cfg.block_size} {reference.config}"
-    fingerprint = hashlib.sha256(basis.encode())  # of all that the scores depend on: never stale
+    basis = f"{run.meta['files']['train.bin']} {cfg.block_size} {run.dtype} {reference.config}"
+    fingerprint = sha256(basis.encode())  # of all that the scores depend on: never stale
     for tensor in reference.state_dict().values():
         fingerprint.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     scores = {}
@@ -374,29 +374,28 @@ def train(cfg, run, name, split):
         kinds = np.load(Path(cfg.data) / "kinds.npz")[split][1 : windows.n * windows.T + 1]
         scores = {"ref_loss": kinds.reshape(windows.n, windows.T)}  # 0 is target text
         cfg = replace(cfg, select="ref_loss", ratio=None, threshold=-0.5)
-
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model = open_model(Path(cfg.init), cfg, run)
-    else:
-        shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
-        model = GPT(GPTConfig(vocab_size=run.meta["tokenizer"]["n_vocab"], **shape)).to(run.device)
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+    shape = GPTConfig(vocab_size=run.meta["tokenizer"]["n_vocab"], **shape)
+    model = open_model(Path(cfg.init), cfg, run) if cfg.init else GPT(shape).to(run.device)
     optimizers = make_optimizers(cfg, model)
-    git = f"git -C {Path(__file__).parent} rev-parse --short HEAD"
-    first = {"run": name, "config": asdict(cfg), "params": model.num_params()}
-    first |= {"commit": subprocess.getoutput(git), "torch": str(torch.__version__)}
-    first |= {"device": str(run.device), "threads": torch.get_num_threads(), "world": run.world}
-    records, path = [first | {"step": 0, "trained": 0, "seconds": 0.0}], Path(cfg.out, f"{name}.pt")
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    first = {"run": name, "config": asdict(cfg), "model": asdict(model.config), "commit": commit}
+    first |= {"params": model.num_params(), "torch": str(torch.__version__), "world": run.world}
+    first |= {"device": str(run.device), "threads": torch.get_num_threads()}
+    records = [first | {"step": 0, "trained": 0, "seconds": 0.0}]
     recipe = {k: v for k, v in asdict(cfg).items() if k not in PLACES} | run.meta["files"]
     recipe["scores"] = Path(getattr(scores.get("ref_loss"), "filename", "")).parent.name
-    if path.exists():
-        saved = load_checkpoint(path, run.device)
+    recipe["start"] = cfg.init and sha256(model.lm_head.weight.numpy(force=True)).hexdigest()
+    if (path := Path(cfg.out, f"{name}.pt")).exists():
+        saved = load_checkpoint(path)
         if saved["recipe"] == recipe:
             records = saved["records"]
+            if run.rank == 0:
+                tqdm.write(f"{path}: same flags, same data: goes on at step {records[-1]['step']}")
             model.load_state_dict(saved["model"])
             for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(moments)
-
     trunk = DistributedDataParallel(model) if run.world > 1 else model
     if cfg.compile or (cfg.compile is None and run.cuda):
         trunk = torch.compile(trunk)
@@ -459,7 +458,7 @@ def train(cfg, run, name, split):
                     torch.save(saved, f)
                 with whole_file(path.with_suffix(".jsonl")) as f:
                     f.writelines(f"{json.dumps(r)}\n".encode() for r in records)
-                shown = (f"{k} {v:.6g}" for k, v in record.items() if k in SHOWN)
+                shown = (f"{k} {v:,.7g}" for k, v in record.items() if k in SHOWN)
                 tqdm.write(f"{name:>11}  " + "  ".join(shown))
             started = time.time()
     return records
@@ -476,7 +475,7 @@ def evaluate(cfg, run, model, held_out):
         record[name] = losses.mean().item()
     if cfg.questions and (path := Path(cfg.data, "questions.jsonl")).exists():
         asked, encoding = load_questions(path, cfg.questions), get_tokenizer(run.meta["tokenizer"])
-        answers = answer_questions(model, encoding, asked, batch_size=512)
+        answers = answer_questions(model, encoding, asked, batch_size=2**16 // cfg.block_size)
         record |= {"right": sum(a["correct"] for a in answers), "questions": len(answers)}
     model.train()
     record["eval_seconds"] = round(time.time() - started, 2)
@@ -536,6 +535,7 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     choices = {"stage": STAGES, "select": (*RULES, "oracle"), "optimizer": ("muon", "adamw")}
+    choices |= {"device": ("cpu", BEST)}
     helps = dict(re.findall(r"    (\w+): .* = .*?  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
         kind = {"threshold": float, "compile": bool}.get(f.name, type(f.default))

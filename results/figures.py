@@ -429,8 +429,12 @@ def variant_runs():
 
 
 def self_runs():
-    runs = {"CLM": "ratio-1.0", "random, 70 %": "random-0.7"}
-    return runs | {f"{label}, 70 %": f"self-{rule}-0.7" for rule, label in SELF.items()}
+    runs = {"CLM": "ratio-1.0"}
+    for ratio in (0.6, 0.7, 0.8):
+        share = f"{100 * ratio:.0f} %"
+        runs |= {f"random, {share}": f"random-{ratio}"}
+        runs |= {f"{label}, {share}": f"self-{rule}-{ratio}" for rule, label in SELF.items()}
+    return runs
 
 
 def dirt_cells():
@@ -486,9 +490,11 @@ def hours_rows():
     parts |= {"how good": ("ref-*", "slm-ref-*"), "how long": ("long-*",), "scope": ("scope-*",)}
     parts |= {"learning rate": ("lr*",), "dynamics": ("dynamics-*",), "self-reference": ("self-*",)}
     parts |= {"controls, other rules, variants": ("random-*", "rule-*", "variant-*")}
+    parts = {part: [f"runs/seed*/{name}" for name in names] for part, names in parts.items()}
+    parts |= {"real text": ("real/base", "real/seed*/*")}
     yield ["part", "runs", "core-hours"]
     for part, patterns in parts.items():
-        logs = [read_log(p) for name in patterns for p in HERE.glob(f"runs/seed*/{name}.jsonl")]
+        logs = [read_log(path) for name in patterns for path in HERE.glob(f"{name}.jsonl")]
         took = sum(seconds({"": records}) for records in logs) / 3600
         yield [part, str(len(logs)), f"{took:.1f}"]
 
@@ -544,13 +550,21 @@ def lr_rows():
         yield [f"{r['tokens']:,}", rate, f"{r['val_loss']:.3f}", f"{value(r, 'right'):.1f}"]
 
 
+def real_lr_rows():
+    yield ["tokens", "learning rate", "CLM's target loss", "corpus loss"]
+    found = [read_log(path) for path in HERE.glob("real/seed1/lr*.jsonl")]
+    for records in sorted(found, key=lambda r: r[0]["config"]["lr"]):
+        r, rate = records[-1], f"{records[0]['config']['lr']:g}"
+        yield [f"{r['tokens']:,}", rate, f"{r['val_loss']:.3f}", f"{r['val_corpus_loss']:.3f}"]
+
+
 def collect():
     """Copy the logs of `commands` to results/runs; pack a seed's looks; note the data's shares."""
     for path in Path("out").glob("seed*/*.jsonl"):
         copy = HERE / "runs" / path.relative_to("out")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    for path in [*Path("out/real").glob("seed*/*.jsonl"), Path("out/real/base.jsonl")]:
+    for path in Path("out/real").glob("**/*.jsonl"):
         copy = HERE / path.relative_to("out")
         if "answers" not in path.name:
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -560,7 +574,8 @@ def collect():
         records = read_log(path)
         name = f"{path.parent.name}/{path.name.removesuffix('.answers.jsonl')}"
         answers[name] = [sum(r["correct"] for r in records), len(records)]
-    (HERE / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+    if answers:
+        (HERE / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
     if Path("out/seed1/dynamics-slm.jsonl").exists():
         np.savez_compressed(HERE / "runs" / "seed1" / "looks.npz", **read_looks("out/seed1"))
     kinds = {path.parent.name: np.load(path) for path in sorted(Path("data").glob("*/kinds.npz"))}
@@ -924,6 +939,7 @@ def readme(text):
     tables |= {"kinds": markdown(kinds_rows(looks, ratio))}
     tables |= {"dynamics": markdown(dynamics_rows(looks))}
     tables |= {"real": "\n\n".join(told), "paper": markdown(on_paper())}
+    tables |= {"real-lr": markdown(real_lr_rows())}
     logs = read_logs(HERE / "demo")
     tables |= {"demo": "\n\n".join([markdown(rows(logs)), machine(logs)])}
     tables |= {"ratio": markdown(sweep_rows("selected", ratio_runs()))}

@@ -5,6 +5,7 @@ import base64
 import builtins
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from eval_math import (
     normal,
     wilson_interval,
 )
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig
 from prepare_data import InputError, get_tokenizer
 
 steady = settings(max_examples=80, deadline=None, derandomize=True)
@@ -635,7 +636,7 @@ def folder(tmp_path, monkeypatch):
     model = tiny_gpt()
     config = vars(model.config) | {}
     checkpoint = {"model_config": config, "model": model.state_dict(), "tokenizer": BYTES}
-    save_checkpoint(tmp_path / "slm.pt", checkpoint)
+    torch.save(checkpoint, tmp_path / "slm.pt")
     (tmp_path / "data/demo").mkdir(parents=True)
     lines = "".join(json.dumps(q) + "\n" for q in QUESTIONS)
     (tmp_path / "data/demo/questions.jsonl").write_text(lines)
@@ -738,7 +739,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(folder, capsys, monkeypa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(eval_math.os if fails == "replace" else eval_math.json, fails, full)
+    monkeypatch.setattr(os if fails == "replace" else eval_math.json, fails, full)
     before = sorted(folder.rglob("*"))
     said = refused(["--ckpt", "slm.pt", "--out", "a.jsonl", "--max_new_tokens", "5"], capsys)
     assert "No space left on device" in said and "a.jsonl" in said

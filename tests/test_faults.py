@@ -95,6 +95,7 @@ def test_ratio_outside_0_1(place, capsys, flag):
         ("--batch_size=-1", "--batch_size"),
         ("--evals=0", "--evals"),
         ("--init=nowhere.pt", "nowhere.pt"),
+        ("--device=abacus", "--device"),
     ],
 )
 def test_flags_that_cannot_be(place, capsys, flag, named):
@@ -111,14 +112,30 @@ def test_reference_of_another_tokenizer(place, capsys):
     path = place[1] / "ref.pt"
     checkpoint = model.load_checkpoint(path)
     checkpoint["tokenizer"]["ranks"][300 - 2] = "AAAA"
-    model.save_checkpoint(path, checkpoint)
+    torch.save(checkpoint, path)
     assert "wrong tokenizer" in refused(place, capsys, "--stage=slm")
+
+
+@pytest.mark.parametrize("vocab", [299, 301])  # of the demo in miniature: 300
+def test_hugging_face_weights_of_another_vocabulary(place, capsys, tmp_path, vocab):
+    """They come without a tokenizer, so that any other number of tokens must be wrong."""
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_inner": 32}
+    model.save_hf(model.GPT(model.GPTConfig(vocab, 64, **shape)), tmp_path / "hf")
+    line = refused(place, capsys, "--stage=clm", f"--init={tmp_path / 'hf'}")
+    assert "wrong tokenizer" in line
+
+
+def test_hugging_face_weights_without_safetensors(place, capsys, tmp_path, monkeypatch):
+    (tmp_path / "hf").mkdir()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    line = refused(place, capsys, "--stage=clm", f"--init={tmp_path / 'hf'}")
+    assert "pip install safetensors" in line
 
 
 def test_reference_that_is_not_finished(place, capsys):
     run(place, "--stage=ref")
     path = place[1] / "ref.pt"
-    model.save_checkpoint(path, model.load_checkpoint(path) | {"steps": 1000})
+    torch.save(model.load_checkpoint(path) | {"steps": 1000}, path)
     line = refused(place, capsys, "--stage=slm")
     assert "not trained to its end" in line and "--stage ref" in line
 

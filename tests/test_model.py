@@ -25,7 +25,6 @@ from model import (
     load_checkpoint,
     load_hf,
     load_model,
-    save_checkpoint,
     save_hf,
 )
 
@@ -400,7 +399,8 @@ def checkpoint_of(gpt):
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     path = tmp_path / "new folder" / "ref.pt"
     gpt = tiny(n_kv_head=2, tied=True)
-    save_checkpoint(path, checkpoint_of(gpt))
+    with model_module.whole_file(path) as f:
+        torch.save(checkpoint_of(gpt), f)
     again, checkpoint = load_model(path)
     assert again.config == gpt.config and checkpoint["step"] == 7
     assert torch.equal(again(tokens_of(gpt, 2, 9)), gpt(tokens_of(gpt, 2, 9)))
@@ -434,9 +434,9 @@ def room_for(n_bytes):
 @pytest.mark.parametrize("where", ["write", "fsync", "rename", 0, 300, 2**16, -1])
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, where):
     path, new = tmp_path / "slm.pt", {"step": 2, "model": torch.zeros(2**16)}
-    save_checkpoint(path, new)
+    torch.save(new, path)
     size = path.stat().st_size
-    save_checkpoint(path, {"step": 1})
+    torch.save({"step": 1}, path)
     old = path.read_bytes()
     if where == "write":
         monkeypatch.setattr(torch, "save", write_half)
@@ -445,8 +445,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, whe
     elif where == "rename":
         monkeypatch.setattr(model_module.os, "replace", full_disk)
     room = nullcontext() if isinstance(where, str) else room_for(where % size)
-    with pytest.raises(OSError) as error, room:
-        save_checkpoint(path, new)
+    with pytest.raises(OSError) as error, room, model_module.whole_file(path) as f:
+        torch.save(new, f)
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert path.read_bytes() == old and load_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["slm.pt"]
@@ -454,7 +454,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, whe
 
 def test_a_checkpoint_cut_short_is_named_in_one_line(tmp_path):
     path = tmp_path / "slm.pt"
-    save_checkpoint(path, checkpoint_of(tiny()))
+    torch.save(checkpoint_of(tiny()), path)
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])

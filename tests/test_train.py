@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import rho
-from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, load_model
 from rho import Config, Run, Windows, batch, learning_rate, score_corpus, train_arm
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_inner": 32, "block_size": 64}
@@ -232,7 +232,7 @@ def test_a_stale_score_is_never_used(cfg, tiny_data):
     assert folders() == 3
     checkpoint = load_checkpoint(path)
     checkpoint["model"]["norm.weight"][0] += 1e-6
-    save_checkpoint(path, checkpoint)
+    torch.save(checkpoint, path)
     assert folders() == 4
     steps = go(cfg, "slm")[1]
     go(cfg, "ref", ref_tokens=1280)
@@ -278,14 +278,29 @@ def test_a_resumed_run_is_bit_identical(cfg, stage, monkeypatch):
     assert [json.loads(line) for line in lines] == again and len(lines) == 6
 
 
-def test_a_finished_run_is_skipped_and_a_changed_one_is_not(cfg):
+def test_a_finished_run_is_skipped_and_a_changed_one_is_not(cfg, capsys):
     go(cfg, "clm")
+    assert "clm.pt" not in capsys.readouterr().out
     log = Path(cfg.out) / "clm.jsonl"
     before = log.read_text(), log.stat().st_mtime_ns
     go(cfg, "clm")
     assert (log.read_text(), log.stat().st_mtime_ns) == before
+    assert "clm.pt: same flags, same data: goes on at step 10" in capsys.readouterr().out
     go(cfg, "clm", lr=1e-3)
     assert log.read_text() != before[0]
+
+
+def test_a_run_that_began_with_another_model_is_not_the_same_run(cfg):
+    """The file that --init names is the same, what is in it is not."""
+    go(cfg, "clm")
+    start, flags = Path(cfg.out) / "clm.pt", {"name": "on", "init": f"{cfg.out}/clm.pt"}
+    first, records = go(cfg, "clm", **flags)
+    assert records[0]["model"]["n_embd"] == cfg.n_embd
+    assert same(first, go(cfg, "clm", **flags | {"n_embd": 32})[0])  # --init brings its own shape
+    saved = load_checkpoint(start)
+    saved["model"]["lm_head.weight"] += 0.1
+    torch.save(saved, start)
+    assert not same(first, go(cfg, "clm", **flags)[0])
 
 
 def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
