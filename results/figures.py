@@ -357,7 +357,7 @@ def by_seed():
         there = next(r for r in slm if r.get("tokens", 0) >= passed(logs, "right")[0])
         scoring = clm[-1]["seconds"] / 3  # a forward pass is a third of a step
         found["seconds"].append(clm[-1]["seconds"] / there["seconds"])
-        found["all"].append(clm[-1]["seconds"] / (there["seconds"] + ref[-1]["seconds"] + scoring))
+        found["all"].append((there["seconds"] + ref[-1]["seconds"] + scoring) / clm[-1]["seconds"])
     return found
 
 
@@ -373,8 +373,8 @@ def main_words():
     over, low, high = interval(found["over_ref"])
     yield f"over its reference the student is {over:+.1f} points ({low:+.1f} to {high:+.1f})"
     yield f"in seconds, SLM reaches CLM's end {spread(found['seconds'])} times sooner"
-    counted = "the reference's training and the scoring (a third of CLM's time: one pass of three)"
-    yield f"{spread(found['all'])} times with {counted} counted in"
+    counted = "the reference's training, and scoring as a third of CLM's time (one pass of three)"
+    yield f"with {counted}, it takes {spread(found['all'])} times as long as CLM does"
 
 
 def long_rows():
@@ -683,6 +683,7 @@ def read_looks(folder):
             paths = [Path(folder) / run / f"{r['step']}.npy" for r in records]
             looks[run] = np.stack([np.load(path).flatten() for path in paths])
             looks[f"{run} seen"] = np.array([r["tokens"] for r in records])
+            looks[f"{run} on"] = first["config"]["init"].endswith("clm.pt")  # goes on from it
     n, data = looks["ref"].shape[1], Path(first["config"]["data"])
     kinds = np.load(data / "kinds.npz") if (data / "kinds.npz").exists() else {}
     looks["kinds"] = kinds["val_corpus"][1 : n + 1] if kinds else np.empty(0)
@@ -774,7 +775,8 @@ def dynamics(looks, run):
     """({class: mask (N,)}, losses (1 + looks, N)) from clm.pt on; section 2.1 of the paper."""
     from rho import token_dynamics
 
-    losses = np.concatenate([looks["clm"][-1:], looks[run]]).astype(float)
+    start = looks["clm"][-1:] if looks.get(f"{run} on", True) else looks["clm"][:0]
+    losses = np.concatenate([start, looks[run]]).astype(float)
     found = token_dynamics(losses)
     return {name: found == name for name in CLASSES}, losses
 
@@ -792,13 +794,20 @@ def dynamics_rows(looks):
         yield cells
 
 
+def dynamics_words(looks):
+    """What the tokens are that selective training lets go of."""
+    kinds = looks["kinds"][dynamics(looks, "dynamics-slm")[0]["L->H"]]
+    dirt, target = ((kinds > 1) & (kinds < 6)).mean(), (kinds == 0).mean()
+    yield f"of what SLM lets go (L→H) {dirt:.0%} is dirt and {target:.0%} target text"
+
+
 def dynamics_picture(looks, path):
     """Mean loss by class in both runs, and single tokens that move most about their line."""
     fig, axes = plots().subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     colors = dict(zip(CLASSES, ("#c8372d", "#d6a03a", "#2b6cb0", "#4a9a5b"), strict=True))
     for ax, run in zip(axes, ("dynamics-clm", "dynamics-slm"), strict=False):
         classes, losses = dynamics(looks, run)
-        seen = np.append(0, looks[f"{run} seen"]) / 1e6
+        seen = np.append(0, looks[f"{run} seen"])[-len(losses) :] / 1e6
         for name, mine in classes.items():
             label = f"{name.replace('->', '→')}  {mine.mean():.0%}"
             if mine.any():
@@ -937,7 +946,8 @@ def readme(text):
     told = [markdown(real_rows()), text_of(real_words()), machine(logs)]
     looks, ratio = read_looks(HERE / "runs" / "seed1"), seed["slm"][0]["config"]["ratio"]
     tables |= {"kinds": markdown(kinds_rows(looks, ratio))}
-    tables |= {"dynamics": markdown(dynamics_rows(looks))}
+    told = [markdown(dynamics_rows(looks)), text_of(dynamics_words(looks))]
+    tables |= {"dynamics": "\n\n".join(told)}
     tables |= {"real": "\n\n".join(told), "paper": markdown(on_paper())}
     tables |= {"real-lr": markdown(real_lr_rows())}
     logs = read_logs(HERE / "demo")
