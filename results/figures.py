@@ -395,10 +395,11 @@ def long_rows():
 def long_words():
     for data, (wrong, _, _) in LONGER.items():
         runs = [published(f"{data}-{arm}").values() for arm in ("clm", "slm")]
-        found = [passed(dict(clm=clm, slm=slm), "right")[1] for clm, slm in zip(*runs, strict=True)]
+        logs = [{"clm": clm, "slm": slm} for clm, slm in zip(*runs, strict=True)]
+        right, loss = ([passed(log, key)[1] for log in logs] for key in ("right", "val_loss"))
         yield (
-            f"with {100 * wrong:.0f} % wrong, SLM is where CLM ends after {spread(found)} times"
-            " fewer tokens by accuracy"
+            f"with {100 * wrong:.0f} % wrong, SLM is where CLM ends after {spread(right)} times"
+            f" fewer tokens by accuracy, {spread(loss)} times fewer by held-out loss"
         )
 
 
