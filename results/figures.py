@@ -67,9 +67,10 @@ VARIANTS = {  # a change of results/variants/NAME.diff: (what it does, flags)
     "absolute": ("excess without its sign: a mistake", ""),
 }
 ALONE = {"loss": "student's loss alone", "ref_loss": "reference's loss alone"}
-LONGER = {  # data: (share of wrong answers, tokens seen, seeds)
-    "long": (0.75, 6_000_000, (1,)),
-    "long-w0.9": (0.9, 4_000_000, (1, 2, 3)),
+LONGER = {  # data: (share of wrong answers, pieces of dirt, tokens seen, ratio: of target text)
+    "long": (0.75, 1, 6_000_000, 0.5),
+    "long-w0.9": (0.9, 1, 4_000_000, 0.5),
+    "long-d6": (0.75, 6, 6_000_000, 0.2),
 }
 SELF = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
 
@@ -93,17 +94,13 @@ def commands():
             yield rho(f"ratio-{ratio}", f"{slm} --ratio {ratio}", seed)
         for threshold in (0.0, 0.5, 1.0):
             yield rho(f"threshold-{threshold}", f"{slm} --threshold {threshold}", seed)
-    for data, (wrong, tokens, seeds) in LONGER.items():
-        made = f"--wrong {wrong} --max_tokens {tokens + 200_000} --out data/{data}"
-        line, long = (
-            [f"python prepare_data.py {made}"],
-            f"--tokens {tokens} --evals {tokens // 200_000}",
-        )
-        for seed in seeds:
-            known = f"--reference out/seed{seed}/ref.pt"
-            line.append(rho(f"{data}-clm", f"--stage clm {long}", seed, data))
-            line.append(rho(f"{data}-slm", f"--stage slm {long} {known}", seed, data))
-        yield " && ".join(line)
+    for data, (wrong, dirty, tokens, ratio) in LONGER.items():
+        made = f"--wrong {wrong} --dirty {dirty} --max_tokens {tokens + 200_000} --out data/{data}"
+        long = f"--tokens {tokens} --evals {tokens // 200_000}"
+        slm = f"--stage slm {long} --ratio {ratio} --reference out/seed1/ref.pt"
+        line = [f"python prepare_data.py {made}"]
+        line.append(rho(f"{data}-clm", f"--stage clm {long}", 1, data))
+        yield " && ".join([*line, rho(f"{data}-slm", slm, 1, data)])
     for tokens, rates in LR.items():
         for lr in rates:
             yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
@@ -378,28 +375,25 @@ def main_words():
 
 
 def long_rows():
-    """Longer runs, at every millionth token: does CLM catch up? Means over the seeds."""
+    """Longer runs of one seed, at every millionth token: does CLM catch up?"""
     arms = [f"{arm} {what}" for what in ("right, %", "target loss") for arm in ("CLM", "SLM")]
-    yield ["wrong answers", "seeds", "tokens seen", *arms, "points"]
-    for data, (wrong, _, _) in LONGER.items():
-        clm, slm = (published(f"{data}-{arm}") for arm in ("clm", "slm"))
-        assert clm.keys() == slm.keys()
-        for look in range(5, len(clm[1]), 5):
-            cells = [f"{100 * wrong:.0f} %", str(len(clm)), f"{clm[1][look]['tokens']:,}"]
-            right = [[value(r[look], "right") for r in arm.values()] for arm in (clm, slm)]
-            loss = [[r[look]["val_loss"] for r in arm.values()] for arm in (clm, slm)]
-            cells += [*map(spread, right), *(spread(values, 3) for values in loss)]
-            yield [*cells, spread([b - a for a, b in zip(*right, strict=True)])]
+    yield ["wrong answers", "dirt per problem", "tokens seen", *arms, "points"]
+    for data, (wrong, dirty, _, _) in LONGER.items():
+        runs = [published(f"{data}-{arm}")[1] for arm in ("clm", "slm")]
+        for clm, slm in list(zip(*runs, strict=True))[5::5]:
+            right = [value(r, "right") for r in (clm, slm)]
+            cells = [f"{100 * wrong:.0f} %", str(dirty), f"{clm['tokens']:,}"]
+            cells += [*(f"{v:.1f}" for v in right), f"{clm['val_loss']:.3f}"]
+            yield [*cells, f"{slm['val_loss']:.3f}", f"{right[1] - right[0]:.1f}"]
 
 
 def long_words():
-    for data, (wrong, _, _) in LONGER.items():
-        runs = [published(f"{data}-{arm}").values() for arm in ("clm", "slm")]
-        logs = [{"clm": clm, "slm": slm} for clm, slm in zip(*runs, strict=True)]
-        right, loss = ([passed(log, key)[1] for log in logs] for key in ("right", "val_loss"))
+    for data, (wrong, dirty, _, _) in LONGER.items():
+        log = {arm: published(f"{data}-{arm}")[1] for arm in ("clm", "slm")}
+        right, loss = (passed(log, key)[1] for key in ("right", "val_loss"))
         yield (
-            f"with {100 * wrong:.0f} % wrong, SLM is where CLM ends after {spread(right)} times"
-            f" fewer tokens by accuracy, {spread(loss)} times fewer by held-out loss"
+            f"with {100 * wrong:.0f} % wrong and {dirty} of dirt, SLM is where CLM ends after"
+            f" {right:.1f} times fewer tokens by accuracy, {loss:.1f} times fewer by held-out loss"
         )
 
 
