@@ -132,7 +132,7 @@ def commands():
             yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
         for rule in ALONE:
             yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
-        for ratio in (0.6, 0.7, 0.8):
+        for ratio in (0.6, 0.7, 0.8)[: 3 if seed == 1 else 2]:
             flags = f"{slm} --ratio {ratio} --reference out/seed{other}/ratio-1.0.pt --select"
             line = [rho(f"self-{rule}-{ratio}", f"{flags} {rule}", seed) for rule in SELF]
             yield " && ".join(line)
