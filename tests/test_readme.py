@@ -102,7 +102,8 @@ def test_published_logs_are_of_the_commands_that_are_named():
         if "rho.py" not in command:
             continue
         flags = dict(re.findall(r"--(\w+) (\S+)", command))
-        folder = ROOT / "results" / flags["out"].replace("out/seed", "runs/seed")[4:]
+        folder = re.sub("^out/(seed.)", r"runs/\1", flags["out"]).removeprefix("out/")
+        folder = ROOT / "results" / folder
         if flags["stage"] == "dynamics":
             for arm in ("clm", "slm"):
                 assert len(figures.read_log(folder / f"dynamics-{arm}.jsonl")) > 16
