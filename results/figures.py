@@ -51,7 +51,11 @@ LONG, SHORT = "--tokens 2000000 --evals 20", "--evals 3"
 LR = {900_000: ("3.75e-4", "5e-4", "1e-3", "1.5e-3", "3e-3")}  # 7.5e-4 is ratio-1.0's
 LR |= {2_000_000: ("5e-4", "1e-3")}  # and the main table's
 REAL_LR, REAL_LR_CHOSEN = ("5e-4", "1e-3", "2e-3", "4e-3"), "2e-3"
-DIRT = [(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1), (0.75, 3), (0.75, 6)]  # wrong, dirty
+DIRT = {  # (share of wrong answers, pieces of dirt): seeds
+    **dict.fromkeys([(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1)], (1, 2, 3)),
+    **dict.fromkeys([(0.75, 3), (0.75, 6)], (1, 2, 3)),
+    **dict.fromkeys([(0, 3), (0, 6), (0.5, 3), (0.5, 6)], (1,)),
+}
 REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
     "1500": ("0.3 x clean text", ""),
     "15000": ("3 x clean text", ""),
@@ -104,12 +108,12 @@ def commands():
     for tokens, rates in LR.items():
         for lr in rates:
             yield rho(f"lr{lr}-{tokens}", f"--stage clm {SHORT} --lr {lr} --tokens {tokens}", 1)
-    for wrong, dirty in DIRT:
+    for (wrong, dirty), seeds in DIRT.items():
         if (wrong, dirty) != (0.75, 1):
             data = f"w{wrong}-d{dirty}"
             made = f"--wrong {wrong} --dirty {dirty} --max_tokens 1e6 --out data/{data}"
             line = [f"python prepare_data.py {made}"]
-            for seed in (1, 2, 3):
+            for seed in seeds:
                 line.append(rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data))
                 known = f"--reference out/seed{seed}/ref.pt"
                 line.append(rho(f"{data}-slm", f"--stage slm {SHORT} {known}", seed, data))
@@ -433,7 +437,7 @@ def self_runs():
 def dirt_cells():
     """[(wrong, dirty, share of tokens that are target, CLM's values, SLM's values)]"""
     shares = json.loads((HERE / "runs" / "shares.json").read_text())
-    for wrong, dirty in DIRT:
+    for wrong, dirty in sorted(DIRT):
         cell = f"w{wrong}-d{dirty}"
         names = ("ratio-1.0", "ratio-0.5") if cell == "w0.75-d1" else (f"{cell}-clm", f"{cell}-slm")
         yield wrong, dirty, shares["demo" if cell == "w0.75-d1" else cell], *names
@@ -455,6 +459,17 @@ def dirt_rows():
         cells = [f"{100 * wrong:.0f} %", str(dirty), f"{100 * share:.0f} %", str(len(over))]
         cells += [spread(ends(clm, "right")), spread(ends(slm, "right"))]
         yield [*cells, spread(over), spread(losses, 3)]
+
+
+def map_rows():
+    """Points over CLM, by how much of the corpus is wrong and how much of it is dirt."""
+    points = {(wrong, dirty): gains(slm, clm) for wrong, dirty, _, clm, slm in dirt_cells()}
+    wrongs, dirts = (sorted(set(values)) for values in zip(*points, strict=True))
+    yield ["wrong answers", *(f"{dirty} of dirt" for dirty in dirts)]
+    for wrong in wrongs:
+        means = [points.get((wrong, dirty)) for dirty in dirts]
+        cells = [f"{statistics.mean(m):+.1f}" if m else "" for m in means]
+        yield [f"{100 * wrong:.0f} %", *cells]
 
 
 def reference_rows():
@@ -946,6 +961,7 @@ def readme(text):
     tables |= {"self": markdown(sweep_rows("kept", self_runs()))}
     tables |= {"variants": markdown(sweep_rows("rule", variant_runs()))}
     tables |= {"dirt": markdown(dirt_rows()), "references": markdown(reference_rows())}
+    tables |= {"map": markdown(map_rows())}
     tables |= {"long": f"{markdown(long_rows())}\n\n{text_of(long_words())}"}
     tables |= {"hours": markdown(hours_rows())}
     tables |= {"lr": markdown(lr_rows()), "bench": markdown(bench_rows())}
