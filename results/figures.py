@@ -54,7 +54,7 @@ REAL_LR, REAL_LR_CHOSEN = ("5e-4", "1e-3", "2e-3", "4e-3"), "2e-3"
 DIRT = {  # (share of wrong answers, pieces of dirt): seeds
     **dict.fromkeys([(0, 0), (0, 1), (0.5, 1), (0.75, 1), (0.9, 1)], (1, 2, 3)),
     **dict.fromkeys([(0.75, 3), (0.75, 6)], (1, 2, 3)),
-    **dict.fromkeys([(0, 3), (0, 6), (0.5, 3), (0.5, 6)], (1,)),
+    **dict.fromkeys([(0, 3), (0.5, 3)], (1,)),
 }
 REFERENCES = {  # --n_ref, and the reference's shape where it is not the student's
     "1500": ("0.3 x clean text", ""),
