@@ -687,7 +687,9 @@ def read_looks(folder):
             paths = [Path(folder) / run / f"{r['step']}.npy" for r in records]
             looks[run] = np.stack([np.load(path).flatten() for path in paths])
             looks[f"{run} seen"] = np.array([r["tokens"] for r in records])
-            looks[f"{run} on"] = first["config"]["init"].endswith("clm.pt")  # goes on from it
+            looks[f"{run} on"] = (
+                first["config"].get("init", "").endswith("clm.pt")
+            )  # goes on from it
     n, data = looks["ref"].shape[1], Path(first["config"]["data"])
     kinds = np.load(data / "kinds.npz") if (data / "kinds.npz").exists() else {}
     looks["kinds"] = kinds["val_corpus"][1 : n + 1] if kinds else np.empty(0)
