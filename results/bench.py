@@ -355,7 +355,7 @@ def main(wanted):
                 print(f"{name:40} {median:6.2f}   [{low:.2f}, {high:.2f}]", flush=True)
                 ratio = {"ratio": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
                 records[name] = {"name": name, **ratio, **machine}
-    path.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
+                path.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
 
 
 if __name__ == "__main__":
