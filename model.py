@@ -76,14 +76,14 @@ class Block(nn.Module):
         k = rotate(a.k_norm(a.k_proj(h).view(B, T, -1, D)), cos, sin).transpose(1, 2)
         v = a.v_proj(h).view(B, T, -1, D).transpose(1, 2)  # (B, G, T, D); q: (B, H, T, D)
         if cache is not None:
-            keys, values = cache.extend(self, k, v)  # (B, G, S, D), (B, G, D, S)
+            keys, values = cache.extend(self, k, v)  # (B, G, S, D)
         if cache is None or T > 1:
             causal, gqa = mask is None, k.shape[1] < q.shape[1]
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         else:  # one query a row: the same by hand, which on CPU takes half the time
-            score = keys @ q.reshape(B, k.shape[1], -1, D).mT * D**-0.5  # (B, G, S, H/G)
-            score = score.mT if mask is None else score.mT.masked_fill(~mask, -torch.inf)
-            y = (values @ score.softmax(-1).mT).mT.reshape(q.shape)  # (B, H, 1, D)
+            score = q.reshape(B, k.shape[1], -1, D) * D**-0.5 @ keys.mT  # (B, G, H/G, S)
+            score = score if mask is None else score.masked_fill(~mask, -torch.inf)
+            y = (score.softmax(-1) @ values).reshape(q.shape)  # (B, H, 1, D)
         x = x + a.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         h = self.post_attention_layernorm(x)
         return x + m.down_proj(F.silu(m.gate_proj(h)) * m.up_proj(h))  # (B, T, C)
@@ -98,11 +98,11 @@ class KVCache:
     def extend(self, block, k, v):
         B, G, T, D = k.shape
         if block not in self.store:
-            self.store[block] = k.new_empty(B, G, self.size, D), v.new_empty(B, G, D, self.size)
+            self.store[block] = k.new_empty(B, G, self.size, D), v.new_empty(B, G, self.size, D)
         (keys, values), end = self.store[block], self.length + T
         keys[:, :, self.length : end] = k
-        values[..., self.length : end] = v.mT
-        return keys[:, :, :end], values[..., :end]
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class GPT(nn.Module):
