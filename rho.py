@@ -200,7 +200,7 @@ class HeadLoss(torch.autograd.Function):
         grad_h, grad_weight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)
         for part, logits, grad in zip(head.split(size), kept, grad_weight.split(size), strict=True):
             logits = h @ part.T if logits is None else logits[rows]  # (k, v)
-            error, at = (logits - total).exp_(), label.clamp(0, len(part) - 1)  # (k, v), (k, 1)
+            error, at = logits.float().sub_(total).exp_(), label.clamp(0, len(part) - 1)  # (k, v)
             error.scatter_add_(1, at, -(at == label).float())
             error, label = error.to(h.dtype), label - len(part)
             grad_h += error @ part
@@ -334,8 +334,7 @@ def score_corpus(cfg, run, windows):
         run.reduce()
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
     wanted = np.sort(permutation(windows.n, cfg.seed, 0)[: cfg.steps * cfg.batch_size])
-    parts = [wanted[i : i + cfg.micro_batch] for i in range(0, len(wanted), cfg.micro_batch)]
-    parts = parts[run.rank :: run.world]  # shared out before looking: others write meanwhile
+    parts = torch.tensor(wanted).split(cfg.micro_batch)[run.rank :: run.world]  # none looks first
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     for w in run.bar(parts, "score", cfg.micro_batch * windows.T):
         found = score_batch(run, reference, windows[w], len(scores) > 1)
@@ -361,8 +360,7 @@ def learning_rate(cfg, step, steps):
     """Linear warm-up, then half a cosine down to lr * lr_end."""
     warm = max(1, round(cfg.warmup * steps))
     cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-    share = (step + 1) / warm if step < warm else cfg.lr_end + (1 - cfg.lr_end) * cosine
-    return cfg.lr * share
+    return cfg.lr * ((step + 1) / warm if step < warm else cfg.lr_end + (1 - cfg.lr_end) * cosine)
 
 
 def train(cfg, run, name, split):
@@ -399,8 +397,7 @@ def train(cfg, run, name, split):
     trunk = DistributedDataParallel(model) if run.world > 1 else model
     if cfg.compile or (cfg.compile is None and run.cuda):
         trunk = torch.compile(trunk)
-    generator = torch.Generator(run.device)
-    step_tokens = cfg.batch_size * cfg.block_size
+    generator, step_tokens = torch.Generator(run.device), cfg.batch_size * cfg.block_size
     looks = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     sums, started = torch.zeros(3, device=run.device), time.time()  # loss of kept, of all; n kept
     for step in run.bar(range(records[-1]["step"], cfg.steps), name, step_tokens):
@@ -526,6 +523,9 @@ def run_stage(cfg):
     else:
         for stage, select in ARMS if cfg.stage == "all" else [(cfg.stage, cfg.select)]:
             train_arm(replace(cfg, select=select), run, stage)
+    run.reduce()  # wait for rank 0: one that leaves while gloo holds its last tensor aborts
+    if run.world > 1:
+        dist.destroy_process_group()
     figures = Path(__file__).parent / "results" / "figures.py"
     if cfg.stage in ("all", "dynamics") and run.rank == 0 and figures.exists():
         subprocess.run([sys.executable, str(figures), cfg.out])  # the tables and the pictures

@@ -9,6 +9,7 @@ something, a time does not.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -220,6 +221,19 @@ def generate_ratios():
     yield "generate_rate_over_uncached", (1 / ratio, 1 / high, 1 / low)
 
 
+def assert_same_words(model, prompts, ours, theirs):
+    """Greedy answers are the same, or part where only rounding tells two tokens apart.
+
+    Untrained weights make such ties: about one answer in 300. Float64 is asked how near it is.
+    """
+    exact = copy.deepcopy(model).double()
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        at = next((i for i, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1), None)
+        if at is not None:
+            logits = exact.head(exact(torch.tensor([prompt + a[:at]])))[0, -1]
+            assert abs(logits[a[at]] - logits[b[at]]) < 1e-4, f"not the same tokens: {a}, {b}"
+
+
 def transformers_ratios():
     """The same against transformers' generate on the same weights, which must say the same."""
     from transformers import AutoModelForCausalLM
@@ -251,7 +265,8 @@ def transformers_ratios():
                         F.linear(x, weight)
 
             ratio, low, high = interleaved(ours, other, 5)
-            assert all(words == said[0] for words in said), "not the same tokens"
+            for words in said[1:]:
+                assert_same_words(model, prompts.tolist(), said[0], words)
             name = f"{size} rows {shape}"
             yield f"generate_rate_over_transformers {name}", (1 / ratio, 1 / high, 1 / low)
             name = f"share of generate: the new tokens' matrix products {name}"

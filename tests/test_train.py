@@ -451,6 +451,15 @@ def test_a_rank_that_dies_ends_the_job_with_one_line(cfg, two_ranks):
     assert load_model(Path(cfg.out) / "clm.pt")
 
 
+def test_no_rank_leaves_before_rank_0_has_evaluated(cfg, two_ranks):
+    """One that left at once aborted in 1 run of 15: gloo still held the last tensor it summed."""
+    slow = "--n_layer=4", "--n_embd=256", "--questions=500"  # seconds for rank 0
+    ranks = two_ranks("--stage=clm", "--evals=1", *slow)
+    _, said = ranks[1].communicate(timeout=120)
+    assert ranks[1].returncode == 0, said
+    assert load_checkpoint(Path(cfg.out) / "clm.pt")["records"][-1]["step"] == 10
+
+
 def test_batch_that_cannot_be_shared_out_is_refused(cfg, two_ranks):
     ranks = two_ranks("--stage=clm", "--batch_size=5")
     said = [p.communicate(timeout=60)[1] for p in ranks]
