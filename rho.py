@@ -284,8 +284,8 @@ class Run:
 
 def open_model(path, cfg, run):
     """The model of a checkpoint or Hugging Face folder. InputError if it does not fit the data."""
-    stage = "clm" if path.name == "clm.pt" else "ref"
-    mend = f"Run: python rho.py --stage {stage} --data {cfg.data} --out {cfg.out}"
+    stage = path.stem if path.stem in STAGES else f"ref --name {path.stem}"
+    mend = f"Run: python rho.py --stage {stage} --data {cfg.data} --out {path.parent}"
     if not path.exists():
         raise InputError(f"{path} not found. {mend}")
     model, checkpoint = load_model(path)

@@ -63,6 +63,12 @@ def test_missing_reference_names_the_command_that_makes_it(place, capsys, stage)
     assert f"--data {place[0]}" in line and f"--out {place[1]}" in line
 
 
+def test_missing_start_names_the_command_that_makes_that_very_file(place, capsys):
+    line = refused(place, capsys, "--stage=clm", "--init=elsewhere/base.pt")
+    assert "elsewhere/base.pt not found" in line
+    assert "--stage ref --name base " in line and line.endswith("--out elsewhere")
+
+
 def test_missing_data(place, capsys, tmp_path):
     line = refused((tmp_path / "nowhere", place[1]), capsys, "--stage=clm")
     assert "nowhere" in line and "python prepare_data.py" in line
