@@ -129,7 +129,7 @@ def commands():
     yield "python rho.py --out out/seed1 --seed 1 --stage dynamics"
     for seed in (1, 2, 3):
         slm, other = f"--stage slm {SHORT}", seed % 3 + 1
-        for ratio in (0.5, 0.7):
+        for ratio in (0.5, 0.7, 0.8):
             yield rho(f"random-{ratio}", f"{slm} --select random --ratio {ratio}", seed)
         for rule in ALONE:
             yield rho(f"rule-{rule}", f"{slm} --select {rule}", seed)
@@ -425,7 +425,7 @@ def variant_runs():
 
 
 def self_runs():
-    runs = {"CLM": "ratio-1.0", "random, 70 %": "random-0.7"}
+    runs = {"CLM": "ratio-1.0", "random, 70 %": "random-0.7", "random, 80 %": "random-0.8"}
     for rule, label in SELF.items():
         runs |= {f"{label}, {100 * r:.0f} %": f"self-{rule}-{r}" for r in (0.6, 0.7, 0.8)}
     return runs
