@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """For each Block the keys (B, G, S, D) and, transposed, the values (B, G, D, S) seen so far."""
+    """For each Block the keys and the values, both (B, G, S, D), seen so far."""
 
     def __init__(self, size):
         self.size, self.length, self.store = size, 0, {}
