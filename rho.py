@@ -334,7 +334,7 @@ def score_corpus(cfg, run, windows):
         run.reduce()
         scores[name] = np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
     wanted = np.sort(permutation(windows.n, cfg.seed, 0)[: cfg.steps * cfg.batch_size])
-    parts = torch.tensor(wanted).split(cfg.micro_batch)[run.rank :: run.world]  # whatever is missing
+    parts = torch.tensor(wanted).split(cfg.micro_batch)[run.rank :: run.world]  # before any is made
     parts = [w for w in parts if any(np.isnan(s[w, -1]).any() for s in scores.values())]
     for w in run.bar(parts, "score", cfg.micro_batch * windows.T):
         found = score_batch(run, reference, windows[w], len(scores) > 1)
