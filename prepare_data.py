@@ -47,8 +47,28 @@ math,general  questions  1    openai/gsm8k:main            test   question,answe
 MENDING = "a bad row? --skip_bad. A .zst? pip install zstandard. No hub? --reference, --corpus FILE"
 
 
-class InputError(Exception):
-    """Something the user can mend: one line naming file or flag. Scripts print it and exit 2."""
+class InputError(ValueError):
+    """Something the user can fix: one line naming file or flag. Scripts print it and exit 2."""
+
+
+@contextmanager
+def whole_file(path):
+    """Open for writing so that `path` is whole or as it was: temporary name, fsync, rename."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save hides the OSError that a full disk is in a RuntimeError.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def get_tokenizer(spec):
