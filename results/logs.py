@@ -1,0 +1,313 @@
+"""Reading the logs, pairing them by seed, and the few statistics that the tables need.
+
+    python results/logs.py --collect    copy the logs of your own runs from out/ into results/
+
+Terms: a run is one training; its log holds a header, then one record for each evaluation. An arm
+is a run's rule (CLM, SLM, ...). A part is a folder of seed*/ folders: runs (the demo) or real.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from math import comb
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from experiments import RUNS  # noqa: E402
+
+# The kinds of token that prepare_data.py writes down, and one that read_losses adds.
+SLIP = 6
+KINDS = {
+    0: "target text",
+    SLIP: "a slip: the wrong number itself",
+    1: "what follows a slip",
+    2: "chatter",
+    3: "article",
+    4: "boilerplate",
+    5: "noise",
+}
+CLASSES = ["H->H", "L->H", "H->L", "L->L"]
+LOSS_RUNS = ["ref", "clm", "slm", "dynamics-clm", "dynamics-slm"]
+
+# Student's t for a 95 % interval of n values: {n: t with n - 1 degrees of freedom}.
+T95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}
+
+
+# ---- reading -------------------------------------------------------------------------------------
+# The next four stand in rho.py once it is rewritten; they are to be imported from there.
+
+
+def read_log(path):
+    """The records of a log: the header says what was run, the others what came of it."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_runs(folder):
+    """{run: records} of every run's log in a folder: the known arms first, then by name."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        records = read_log(path)
+        if len(records) > 1 and "config" in records[0]:
+            found[path.stem] = records
+    known = [run for run in RUNS if run in found]
+    others = [run for run in found if run not in RUNS]
+    return {run: found[run] for run in known + others}
+
+
+def value(record, key):
+    """What an evaluation found: `right` in percent of the questions, losses in nats."""
+    if key == "right":
+        return 100 * record["right"] / record["questions"]
+    return record[key]
+
+
+def tokens_to_reach(records, goal_record, key):
+    """Tokens seen at the first evaluation from which on every one is at or past the goal.
+
+    None where the last evaluation is short of the goal. Passing must hold to the end: an untrained
+    model can guess a few answers right, and that is no result.
+    """
+    reached = None
+    for record in reversed(records[1:]):
+        if not at_or_past(record, goal_record, key):
+            break
+        reached = record["tokens"]
+    return reached
+
+
+def at_or_past(record, goal_record, key):
+    """More answers are better (as a share: the numbers asked may differ), less loss is better."""
+    if key == "right":
+        return value(record, key) >= value(goal_record, key)
+    return value(record, key) <= value(goal_record, key)
+
+
+def published(run, part="runs"):
+    """{seed: records} of a published run. part: a folder of seed*/, by itself one in results/."""
+    folder = HERE / part  # an absolute part stays as it is
+    paths = sorted(folder.glob(f"seed*/{run}.jsonl"))
+    return {int(path.parent.name.removeprefix("seed")): read_log(path) for path in paths}
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def ends(run, key, part="runs"):
+    """Where each seed of a run ended."""
+    return [value(records[-1], key) for records in published(run, part).values()]
+
+
+def gains(run, other, key="right", part="runs"):
+    """run minus other where both ended, seed by seed; only of seeds that both have."""
+    mine = published(run, part)
+    theirs = published(other, part)
+    both = [seed for seed in mine if seed in theirs]
+    return [value(mine[seed][-1], key) - value(theirs[seed][-1], key) for seed in both]
+
+
+def deviation(values):
+    """Standard deviation over seeds; 0 for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values, digits=1):
+    """Mean ± standard deviation over seeds as text; of a single seed only the value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {deviation(values):.{digits}f}"
+
+
+def interval(values):
+    """(mean, low, high): the mean of paired differences and its 95 % interval, Student's t."""
+    mean = statistics.mean(values)
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def tokens_between(records, goal_record, key):
+    """As tokens_to_reach, but read off the line between the evaluations before and after.
+
+    At the first evaluation nothing comes before: its own tokens, an upper bound, are returned.
+    """
+    reached = tokens_to_reach(records, goal_record, key)
+    seen = [record.get("tokens") for record in records]
+    if reached is None or reached == seen[1]:
+        return reached
+    after = records[seen.index(reached)]
+    before = records[seen.index(reached) - 1]
+    goal, high = value(goal_record, key), value(after, key)
+    low = value(before, key)
+    share = (goal - low) / (high - low)
+    return before["tokens"] + share * (after["tokens"] - before["tokens"])
+
+
+def times_fewer(slm, clm, key, between=False):
+    """How many times fewer tokens SLM needs to be, for good, where CLM ends; None where never.
+
+    On the grid of evaluations the answer errs against SLM; between=True interpolates.
+    """
+    reach = tokens_between if between else tokens_to_reach
+    tokens = reach(slm, clm[-1], key)
+    return clm[-1]["tokens"] / tokens if tokens else None
+
+
+def fisher_p(right_a, asked_a, right_b, asked_b):
+    """Two-sided p of Fisher's exact test: tables no likelier than the one found, all together."""
+    right = right_a + right_b
+    all_ways = comb(asked_a + asked_b, right)
+
+    def ways(a):  # tables in which the first arm has a of the right answers
+        return comb(asked_a, a) * comb(asked_b, right - a)
+
+    found = ways(right_a)
+    as_extreme = [ways(a) for a in range(right + 1) if ways(a) <= found]
+    return sum(as_extreme) / all_ways
+
+
+def seconds(runs):
+    """Of training and of answering, over all runs of {run: records}."""
+    total = 0.0
+    for records in runs.values():
+        total += records[-1]["seconds"]
+        total += sum(record["eval_seconds"] for record in records[1:])
+    return total
+
+
+# ---- the losses of single tokens -----------------------------------------------------------------
+
+
+def read_losses(folder):
+    """The losses of the same held-out corpus tokens at every evaluation of the runs in a folder.
+
+    {run: (evaluations, N) nats, run + " seen": tokens seen at each evaluation, run + " on": whether
+    it goes on from clm.pt, "text": token ids (N,), "kinds": (N,) keys of KINDS, or empty}.
+    The runs are those of LOSS_RUNS that are there; {} where there are none.
+    """
+    folder = Path(folder)
+    if (folder / "losses.npz").exists():
+        return dict(np.load(folder / "losses.npz"))
+    losses = {}
+    for run in LOSS_RUNS:
+        log = folder / f"{run}.jsonl"
+        if not log.exists():
+            continue
+        header, *records = read_log(log)
+        paths = [folder / run / f"{record['step']}.npy" for record in records]
+        losses[run] = np.stack([np.load(path).flatten() for path in paths])
+        losses[f"{run} seen"] = np.array([record["tokens"] for record in records])
+        losses[f"{run} on"] = header["config"].get("init", "").endswith("clm.pt")
+        n = losses[run].shape[1]
+        data = Path(header["config"]["data"])
+    if losses:
+        losses["text"], losses["kinds"] = corpus_tokens(data, n)
+    return losses
+
+
+def corpus_tokens(data, n):
+    """(token ids, kinds) of the first n targets of the held-out corpus; kinds are the demo's."""
+    meta = json.loads((data / "meta.json").read_text())
+    text = np.fromfile(data / "val_corpus.bin", meta["dtype"])[1 : n + 1]
+    if not (data / "kinds.npz").exists():
+        return text, np.empty(0)
+    kinds = np.load(data / "kinds.npz")["val_corpus"][1 : n + 1]
+    # The slip itself: a run of kind 1 begins with it where it begins with a digit. In the demo's
+    # vocabulary a digit is a token by itself, numbered as its byte.
+    for i in np.flatnonzero(kinds == 1):
+        begins = i == 0 or kinds[i - 1] != 1
+        if begins and chr(text[i]).isdigit():
+            kinds[i] = SLIP
+    return text, kinds
+
+
+def kept(losses, run, ratio):
+    """(evaluations, N) bool: what select_tokens would keep, by the excess over the reference."""
+    excess = losses[run].astype(float) - losses["ref"][-1]
+    lowest = np.quantile(excess, 1 - ratio, axis=1, keepdims=True)
+    return excess >= lowest
+
+
+def token_dynamics(losses):
+    """Class of each token by how its loss moved (N,): H->L (learned), L->H, L->L (easy) or H->H.
+
+    losses (n + 1, N): the tokens' losses at n + 1 evenly spaced checkpoints, nats. A least-squares
+    line that falls or rises by over 0.2 is a move; else the last mean loss divides (section 2.1).
+    """
+    losses = np.asarray(losses, np.float32)
+    slope = np.polyfit(np.arange(len(losses)), losses, 1)[0]  # (N,)
+    change = slope * (len(losses) - 1)
+    flat = np.where(losses[-1] <= losses[-1].mean(), "L->L", "H->H")
+    return np.select([change < -0.2, change > 0.2], ["H->L", "L->H"], flat)
+
+
+def dynamics(losses, run):
+    """({class: mask (N,)}, losses (1 + evaluations, N)) of a run that goes on from clm.pt."""
+    moves = losses[run]
+    if losses.get(f"{run} on", True):
+        moves = np.concatenate([losses["clm"][-1:], moves])
+    moves = moves.astype(float)
+    found = token_dynamics(moves)
+    return {name: found == name for name in CLASSES}, moves
+
+
+# ---- collecting ----------------------------------------------------------------------------------
+
+
+def copy_logs(paths, source, target):
+    for path in paths:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+
+
+def collect(out, data, results=HERE):
+    """Logs from out/ into results/: seed 1's losses packed, answers counted, shares noted."""
+    copy_logs(out.glob("seed*/*.jsonl"), out, results / "runs")
+    real = [path for path in out.glob("real/**/*.jsonl") if "answers" not in path.name]
+    copy_logs(real, out, results)
+
+    answers = {}
+    for path in sorted(out.glob("real/seed*/*.answers.jsonl")):
+        records = read_log(path)
+        name = f"{path.parent.name}/{path.name.removesuffix('.answers.jsonl')}"
+        answers[name] = [sum(record["correct"] for record in records), len(records)]
+    if answers:
+        (results / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+
+    if (out / "seed1" / "dynamics-slm.jsonl").exists():
+        np.savez_compressed(results / "runs/seed1/losses.npz", **read_losses(out / "seed1"))
+
+    # The share of each demo's tokens that is target text.
+    shares = json.loads((results / "runs" / "shares.json").read_text())
+    for path in sorted(data.glob("*/kinds.npz")):
+        kinds = np.load(path)["train"]
+        shares[path.parent.name] = round(float((kinds == 0).mean()), 4)
+    (results / "runs" / "shares.json").write_text(json.dumps(shares, indent=1) + "\n")
+
+
+def main():
+    words = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**words)
+    help = "copy the logs from out/ into results/, which is what the tables are made from"
+    parser.add_argument("--collect", action="store_true", required=True, help=help)
+    parser.parse_args()
+    collect(Path("out"), Path("data"))
+
+
+if __name__ == "__main__":
+    main()
