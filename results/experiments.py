@@ -51,8 +51,9 @@ SHORT = "--evals 3"
 RATIOS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
 THRESHOLDS = [0.0, 0.5, 1.0]
 SCOPES = [1, 2, 4]
-# The runs at the demo's length that other tables compare with: CLM, then SLM at the demo's ratio.
-BASELINES = ["runs/seed*/ratio-1.0.jsonl", "runs/seed*/ratio-0.5.jsonl"]
+# The runs at the demo's length that other tables compare with: CLM, and SLM at the demo's ratio.
+CLM_RUN = "ratio-1.0"
+SLM_RUN = "ratio-0.5"
 
 # Tokens: learning rates. 7.5e-4 is the default: at 900,000 tokens it is the run ratio-1.0, at
 # 2,000,000 the run clm of the main table.
@@ -62,6 +63,14 @@ LEARNING_RATES = {
 }
 # (share of wrong answers, pieces of dirt for each problem); (0.75, 1) is the demo itself.
 DIRT = [(0, 0), (0, 1), (0, 3), (0.5, 1), (0.5, 3), (0.75, 1), (0.75, 3), (0.75, 6), (0.9, 1)]
+
+
+def dirt_runs(wrong, dirty):
+    """(data, CLM's run, SLM's run) of a cell of DIRT."""
+    if (wrong, dirty) == (0.75, 1):
+        return "demo", CLM_RUN, SLM_RUN
+    data = f"w{wrong}-d{dirty}"
+    return data, f"{data}-clm", f"{data}-slm"
 
 
 class Longer(NamedTuple):
@@ -175,15 +184,15 @@ def lr_commands():
 
 def dirt_commands():
     for wrong, dirty in DIRT:
-        if (wrong, dirty) == (0.75, 1):
-            continue  # the demo itself: the runs ratio-1.0 and ratio-0.5
-        data = f"w{wrong}-d{dirty}"
+        data, clm, slm = dirt_runs(wrong, dirty)
+        if data == "demo":
+            continue  # runs of `ratio`
         make = f"python prepare_data.py --wrong {wrong} --dirty {dirty}"
         runs = []
         for seed in SEEDS:
-            slm = f"--stage slm {SHORT} --reference out/seed{seed}/ref.pt"
-            runs.append(rho(f"{data}-clm", f"--stage clm {SHORT}", seed, data))
-            runs.append(rho(f"{data}-slm", slm, seed, data))
+            flags = f"--stage slm {SHORT} --reference out/seed{seed}/ref.pt"
+            runs.append(rho(clm, f"--stage clm {SHORT}", seed, data))
+            runs.append(rho(slm, flags, seed, data))
         yield " && ".join([f"{make} --max_tokens 1e6 --out data/{data}", *runs])
 
 
@@ -322,31 +331,36 @@ REAL = {
 GROUPS = {"demo": DEMO, "real": REAL}
 
 
-# {table: the logs that it is made from, as patterns within results/}.
-SOURCES = {
-    "main": [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS],
-    "demo": ["demo/*.jsonl"],
-    "ratio": ["runs/seed*/ratio-*.jsonl", "runs/seed*/threshold-*.jsonl"],
-    "long": ["runs/seed1/long*.jsonl"],
-    "lr": ["runs/seed1/lr*.jsonl", "runs/seed1/ratio-1.0.jsonl", "runs/seed1/clm.jsonl"],
-    "dirt": ["runs/seed*/w*-*.jsonl", *BASELINES, "runs/shares.json"],
-    "map": ["runs/seed*/w*-*.jsonl", *BASELINES],
-    "scope": ["runs/seed*/scope-*.jsonl", *BASELINES],
-    "references": ["runs/seed[123]/ref*.jsonl", "runs/seed*/slm-ref-*.jsonl", *BASELINES],
-    "kinds": ["runs/seed1/losses.npz", "runs/seed1/slm.jsonl"],
-    "dynamics": ["runs/seed1/losses.npz"],
-    "self": ["runs/seed*/self-*.jsonl", "runs/seed*/random-0.[78].jsonl", BASELINES[0]],
-    "variants": [
-        "runs/seed*/variant-*.jsonl",
-        "runs/seed*/rule-*.jsonl",
-        "runs/seed*/random-0.5.jsonl",
-        *BASELINES,
-    ],
-    "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
-    "real-lr": ["real/seed1/lr*.jsonl"],
-    "hours": ["runs/seed*/*.jsonl", "real/base.jsonl", "real/seed*/*.jsonl"],
-    "bench": ["bench.jsonl"],
-    "paper": [],  # from counted operations alone
+# {table: {row: run}} of the tables whose rows are runs at the demo's length, set beside CLM's, and what is said
+# above the rows.
+HEADERS = {"ratio": "selected", "scope": "top k over", "self": "kept", "variants": "rule"}
+SWEEPS = {
+    "ratio": {
+        "100 % (CLM)": CLM_RUN,
+        **{f"{100 * ratio:.0f} %": f"ratio-{ratio}" for ratio in (0.8, 0.7, 0.6, 0.5, 0.4, 0.2)},
+        **{f"excess above {nats}": f"threshold-{nats}" for nats in THRESHOLDS},
+    },
+    "scope": {
+        "a window": "scope-1",
+        "2 windows": "scope-2",
+        "4 windows": "scope-4",
+        "8 windows (batch)": SLM_RUN,
+    },
+    "self": {
+        "CLM": CLM_RUN,
+        "random, 70 %": "random-0.7",
+        "random, 80 %": "random-0.8",
+        **{f"low loss, {100 * r:.0f} %": f"self-ref_loss-{r}" for r in SELF_RATIOS},
+        **{f"low entropy, {100 * r:.0f} %": f"self-ref_entropy-{r}" for r in SELF_RATIOS},
+        **{f"both, {100 * r:.0f} %": f"self-ref_both-{r}" for r in SELF_RATIOS},
+    },
+    "variants": {
+        "CLM": CLM_RUN,
+        "random": "random-0.5",
+        "excess (SLM)": SLM_RUN,
+        **{label: f"rule-{rule}" for rule, label in RULES.items()},
+        **{label: f"variant-{name}" for name, (label, _) in VARIANTS.items()},
+    },
 }
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from math import comb
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from experiments import RUNS  # noqa: E402
+from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, RUNS, SLM_RUN  # noqa: E402
 
 # The kinds of token that prepare_data.py writes down, and one that read_losses adds.
 SLIP = 6
@@ -104,6 +105,72 @@ def published(run, part="runs"):
     return {int(path.parent.name.removeprefix("seed")): read_log(path) for path in paths}
 
 
+# ---- where a table comes from --------------------------------------------------------------------
+
+MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
+BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
+# {table: the files that it is made from, as patterns within results/}.
+SOURCES = {
+    "main": MAIN_LOGS,
+    "demo": ["demo/*.jsonl"],
+    "arms": MAIN_LOGS,
+    "ratio": ["runs/seed*/ratio-*.jsonl", "runs/seed*/threshold-*.jsonl"],
+    "map": ["runs/seed*/w*-*.jsonl", *BASELINES],
+    "dirt": ["runs/seed*/w*-*.jsonl", *BASELINES, "runs/shares.json"],
+    "references": ["runs/seed[123]/ref*.jsonl", "runs/seed*/slm-ref-*.jsonl", *BASELINES],
+    "long": ["runs/seed1/long*.jsonl"],
+    "scope": ["runs/seed*/scope-*.jsonl", *BASELINES],
+    "kinds": ["runs/seed1/losses.npz", "runs/seed1/slm.jsonl"],
+    "dynamics": ["runs/seed1/losses.npz"],
+    "self": ["runs/seed*/self-*.jsonl", "runs/seed*/random-0.[78].jsonl", BASELINES[0]],
+    "variants": [
+        "runs/seed*/variant-*.jsonl",
+        "runs/seed*/rule-*.jsonl",
+        "runs/seed*/random-0.5.jsonl",
+        *BASELINES,
+    ],
+    "lr": ["runs/seed1/lr*.jsonl", f"runs/seed1/{CLM_RUN}.jsonl", "runs/seed1/clm.jsonl"],
+    "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
+    "real-lr": ["real/seed1/lr*.jsonl"],
+    "hours": ["runs/seed*/*.jsonl", "real/base.jsonl", "real/seed*/*.jsonl"],
+    "bench": ["bench.jsonl"],
+    "paper": [],
+}
+
+
+def sources(table, folder=HERE):
+    """The files that a table is made from, in order."""
+    found = set()
+    for pattern in SOURCES[table]:
+        found.update(folder.glob(pattern))
+    return sorted(found)
+
+
+def provenance(table, folder=HERE):
+    """The commits of a table's logs as a sentence, the commit of most logs first."""
+    paths = []
+    for path in sources(table, folder):
+        if path.name == "losses.npz":  # packed from runs whose logs stand beside it
+            paths += [path.with_name(f"{run}.jsonl") for run in LOSS_RUNS]
+        elif path.suffix == ".jsonl":
+            paths.append(path)
+    headers = [read_log(path)[0] for path in paths]
+    commits = Counter(header["commit"] for header in headers if "commit" in header)
+    if not commits:
+        return ""
+    names = ", ".join(commit for commit, _ in commits.most_common())
+    return f"Logs made at commit {names}." if len(commits) == 1 else f"Logs of commits {names}."
+
+
+def machine(runs):
+    """Where and with what a set of runs {run: records} was made, and how long it took."""
+    first = runs["clm"][0]
+    model = f"{first['params'] / 1e6:.1f} M parameters, windows of {first['config']['block_size']}"
+    place = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
+    took = f"{seconds(runs) / 60:.0f} minutes of training and answering"
+    return f"{model}; {place}; {took} for the runs of one seed."
+
+
 # ---- statistics ----------------------------------------------------------------------------------
 
 
@@ -131,6 +198,10 @@ def spread(values, digits=1):
     if len(values) == 1:
         return mean
     return f"{mean} ± {deviation(values):.{digits}f}"
+
+
+def percent(share):
+    return f"{100 * share:.0f} %"
 
 
 def interval(values):
@@ -165,6 +236,48 @@ def times_fewer(slm, clm, key, between=False):
     reach = tokens_between if between else tokens_to_reach
     tokens = reach(slm, clm[-1], key)
     return clm[-1]["tokens"] / tokens if tokens else None
+
+
+def main_pairs(part="runs"):
+    """What the headline compares, seed by seed: {name: [one value a seed]}.
+
+    times_*: how many times fewer tokens, see times_fewer; times_seconds: the same of the time spent
+    in training; times_all: the time of the reference, of scoring and of SLM until it is where CLM
+    ends, over CLM's. None stands for a seed in which SLM never stays where CLM ends.
+    """
+    names = ["points", "points_over_ref", "times_right", "times_loss"]
+    found = {name: [] for name in [*names, "times_seconds", "times_all"]}
+    refs, clms, slms = (published(run, part) for run in ("ref", "clm", "slm"))
+    for seed, slm in slms.items():
+        ref, clm = refs[seed], clms[seed]
+        right = value(slm[-1], "right")
+        found["points"].append(right - value(clm[-1], "right"))
+        found["points_over_ref"].append(right - value(ref[-1], "right"))
+        found["times_right"].append(times_fewer(slm, clm, "right"))
+        found["times_loss"].append(times_fewer(slm, clm, "val_loss"))
+
+        reached = tokens_to_reach(slm, clm[-1], "right")
+        times_seconds = times_all = None
+        if reached is not None:
+            spent = next(r["seconds"] for r in slm[1:] if r["tokens"] == reached)
+            whole = clm[-1]["seconds"]
+            scoring = whole / 3  # one forward pass, of a step's forward and twofold backward
+            times_seconds = whole / spent
+            times_all = (ref[-1]["seconds"] + scoring + spent) / whole
+        found["times_seconds"].append(times_seconds)
+        found["times_all"].append(times_all)
+    return found
+
+
+def count_answers(run, task, part="real"):
+    """(right, asked) of a task's questions, over all seeds together."""
+    answers = json.loads((HERE / part / "answers.json").read_text())
+    right = asked = 0
+    for name, (seed_right, seed_asked) in answers.items():
+        if name.split("/")[1] == f"{run}.{task}":
+            right += seed_right
+            asked += seed_asked
+    return right, asked
 
 
 def fisher_p(right_a, asked_a, right_b, asked_b):

@@ -1,0 +1,420 @@
+"""The published tables: each a function from the logs in a folder to rows of text, header first.
+
+    python results/tables.py out/demo     the table of one set of runs: your own
+    python results/tables.py              every published table, printed
+    python results/tables.py --publish    writes them into both READMEs, and results/summary.json
+
+A table stands in a README between <!-- marker --> and <!-- /marker -->, with the sentences of
+findings.py below it, and the commits of its logs. No measured number there is typed by hand.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from experiments import (  # noqa: E402
+    CLM_RUN,
+    DEMO,
+    DIRT,
+    HEADERS,
+    LONGER,
+    MAIN_RUNS,
+    REAL,
+    REAL_RUNS,
+    REFERENCES,
+    RUNS,
+    SLM_RUN,
+    SWEEPS,
+    TASKS,
+    dirt_runs,
+    logs_made,
+)
+from findings import FINDINGS, run_sentences, summary  # noqa: E402
+from logs import (  # noqa: E402
+    CLASSES,
+    KINDS,
+    count_answers,
+    dynamics,
+    ends,
+    gains,
+    kept,
+    percent,
+    provenance,
+    published,
+    read_log,
+    read_losses,
+    read_runs,
+    seconds,
+    spread,
+    value,
+)
+
+from eval_math import wilson_interval  # noqa: E402
+from prepare_data import InputError  # noqa: E402
+
+# ---- one set of runs -----------------------------------------------------------------------------
+
+
+def runs_table(runs):
+    """The table of one set of runs, {run: records}; * marks another length than CLM's."""
+    asked = any("right" in records[-1] for records in runs.values())
+    header = ["arm", "tokens seen", "trained on", "target loss", "corpus loss"]
+    if asked:
+        header.append("answers right")
+    yield [*header, "seconds"]
+    for run, records in runs.items():
+        last = records[-1]
+        seen = f"{last['tokens']:,}"
+        if run != "ref" and "clm" in runs and last["tokens"] != runs["clm"][-1]["tokens"]:
+            seen += " *"
+        row = [RUNS[run].label if run in RUNS else run, seen, f"{last['trained']:,}"]
+        row += [f"{last['val_loss']:.3f}", f"{last['val_corpus_loss']:.3f}"]
+        if asked:
+            row.append(f"{last['right']} of {last['questions']}" if "right" in last else "")
+        yield [*row, f"{last['seconds']:.0f}"]
+
+
+def demo_table(folder):
+    return runs_table(read_runs(folder / "demo"))
+
+
+# ---- the demo's data -----------------------------------------------------------------------------
+
+NOT_YET = {"faults"}  # places kept in results/README.md
+
+
+def main_table(folder):
+    """The first table of the front page: means over the seeds."""
+    yield ["arm", "target loss", "answers right, %"]
+    for run in MAIN_RUNS:
+        losses = ends(run, "val_loss", folder / "runs")
+        right = ends(run, "right", folder / "runs")
+        yield [RUNS[run].label, spread(losses, 3), spread(right)]
+
+
+def arms_table(folder):
+    """The same with what each arm has seen and trained on."""
+    yield ["arm", "tokens seen", "trained on", "target loss", "corpus loss", "answers right, %"]
+    for run in MAIN_RUNS:
+        row = arm_row(run, folder / "runs")
+        yield [*row, spread(ends(run, "right", folder / "runs"))]
+
+
+def arm_row(run, part):
+    last = [records[-1] for records in published(run, part).values()]
+    trained = statistics.mean(record["trained"] for record in last)
+    row = [RUNS[run].label, f"{last[0]['tokens']:,}", f"{trained:,.0f}"]
+    for key in ("val_loss", "val_corpus_loss"):
+        row.append(spread(ends(run, key, part), 3))
+    return row
+
+
+def sweep_table(name, folder):
+    """A table of SWEEPS: short runs, and what each gains over CLM of the same length, by seed."""
+    part = folder / "runs"
+    yield [HEADERS[name], "seeds", "target loss", "answers right, %", "points over CLM"]
+    for label, run in SWEEPS[name].items():
+        points = gains(run, CLM_RUN, "right", part)
+        row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
+        yield [*row, spread(ends(run, "right", part)), spread(points)]
+
+
+def map_table(folder):
+    """Points over CLM, by how much of the corpus is wrong and how much of it is dirt."""
+    pieces = sorted({dirty for _, dirty in DIRT})
+    yield ["wrong answers", *(f"{dirty} of dirt" for dirty in pieces)]
+    for wrong in sorted({wrong for wrong, _ in DIRT}):
+        row = [percent(wrong)]
+        for dirty in pieces:
+            cell = ""
+            if (wrong, dirty) in DIRT:
+                _, clm, slm = dirt_runs(wrong, dirty)
+                cell = f"{statistics.mean(gains(slm, clm, 'right', folder / 'runs')):+.1f}"
+            row.append(cell)
+        yield row
+
+
+def dirt_table(folder):
+    setting = ["wrong answers", "dirt per problem", "target tokens", "seeds"]
+    found = ["CLM right, %", "SLM right, %", "points", "target loss, SLM minus CLM"]
+    yield setting + found
+    shares = json.loads((folder / "runs" / "shares.json").read_text())
+    for wrong, dirty in DIRT:
+        data, clm, slm = dirt_runs(wrong, dirty)
+        points = gains(slm, clm, "right", folder / "runs")
+        losses = gains(slm, clm, "val_loss", folder / "runs")
+        row = [percent(wrong), str(dirty), percent(shares[data]), str(len(points))]
+        for run in (clm, slm):
+            row.append(spread(ends(run, "right", folder / "runs")))
+        yield [*row, spread(points), spread(losses, 3)]
+
+
+def references_table(folder):
+    part = folder / "runs"
+    yield [
+        "reference",
+        "seeds",
+        "its target loss",
+        "its answers right, %",
+        "student right, %",
+        "points over CLM",
+    ]
+    known = [("as published", "ref", SLM_RUN)]
+    known += [(label, f"ref-{name}", f"slm-ref-{name}") for name, (label, _) in REFERENCES.items()]
+    for label, ref, slm in known:
+        points = gains(slm, CLM_RUN, "right", part)
+        # The published references have five seeds; only those of the students are meant here.
+        losses = ends(ref, "val_loss", part)[: len(points)]
+        right = ends(ref, "right", part)[: len(points)]
+        row = [label, str(len(points)), spread(losses, 3), spread(right)]
+        yield [*row, spread(ends(slm, "right", part)), spread(points)]
+
+
+def long_table(folder):
+    """Longer runs of one seed, at every millionth token: does CLM catch up?"""
+    setting = ["wrong answers", "dirt per problem", "tokens seen"]
+    arms = ["CLM right, %", "SLM right, %", "CLM target loss", "SLM target loss"]
+    yield [*setting, *arms, "points"]
+    for data, longer in LONGER.items():
+        clm_log = published(f"{data}-clm", folder / "runs")[1]
+        slm_log = published(f"{data}-slm", folder / "runs")[1]
+        # Behind the header there is an evaluation every 200,000 tokens.
+        for clm, slm in zip(clm_log[5::5], slm_log[5::5], strict=True):
+            clm_right = value(clm, "right")
+            slm_right = value(slm, "right")
+            row = [percent(longer.wrong), str(longer.dirty), f"{clm['tokens']:,}"]
+            row += [f"{clm_right:.1f}", f"{slm_right:.1f}"]
+            row += [f"{clm['val_loss']:.3f}", f"{slm['val_loss']:.3f}"]
+            yield [*row, f"{slm_right - clm_right:.1f}"]
+
+
+def lr_table(folder):
+    seed = folder / "runs" / "seed1"
+    return rates_table([*seed.glob("lr*.jsonl"), seed / f"{CLM_RUN}.jsonl", seed / "clm.jsonl"])
+
+
+def real_lr_table(folder):
+    return rates_table((folder / "real" / "seed1").glob("lr*.jsonl"))
+
+
+def rates_table(paths):
+    """CLM by its length and learning rate; answers only where questions were asked."""
+    runs = [read_log(path) for path in paths]
+    runs.sort(key=lambda records: (records[-1]["tokens"], records[0]["config"]["lr"]))
+    asked = "right" in runs[0][-1]
+    header = ["tokens", "learning rate", "CLM's target loss", "corpus loss"]
+    yield [*header, "answers right, %"] if asked else header
+    for first, *_, last in runs:
+        row = [f"{last['tokens']:,}", f"{first['config']['lr']:g}"]
+        row += [f"{last['val_loss']:.3f}", f"{last['val_corpus_loss']:.3f}"]
+        if asked:
+            row.append(f"{value(last, 'right'):.1f}")
+        yield row
+
+
+def kinds_table(folder):
+    """Which kinds of token the rule keeps, at an early evaluation, halfway and at the end."""
+    seed = folder / "runs" / "seed1"
+    losses = read_losses(seed)
+    ratio = read_log(seed / "slm.jsonl")[0]["config"]["ratio"]
+    masks = kept(losses, "slm", ratio)
+    seen = losses["slm seen"]
+    shown = [len(seen) // 10, len(seen) // 2, len(seen) - 1]
+    yield ["kind of token", "share of tokens", *(f"kept at {seen[i] / 1e6:.1f} M" for i in shown)]
+    for kind, name in KINDS.items():
+        of_kind = losses["kinds"] == kind
+        yield [name, percent(of_kind.mean()), *(percent(masks[i, of_kind].mean()) for i in shown)]
+    target = losses["kinds"] == 0
+    yield ["precision of target", "", *(percent(target[masks[i]].mean()) for i in shown)]
+
+
+PAPER_CLASSES = {  # of the paper's 1 B model: share, mean loss at the first and last checkpoint
+    "H->H": ("11 %", "3.74 flat"),
+    "L->H": ("12 %", "3.30 → 3.84"),
+    "H->L": ("26 %", "3.34 → 2.51"),
+    "L->L": ("51 %", "0.22 flat"),
+}
+
+
+def dynamics_table(folder):
+    return dynamics_rows(read_losses(folder / "runs" / "seed1"))
+
+
+def dynamics_rows(losses):
+    """Shares of the four classes, and their mean loss at the first evaluation and at the last."""
+    paper = ["paper: share", "paper: mean loss"]
+    yield ["class", *paper, "CLM: share", "CLM: mean loss", "SLM: share", "SLM: mean loss"]
+    runs = [dynamics(losses, "dynamics-clm"), dynamics(losses, "dynamics-slm")]
+    for name in CLASSES:
+        row = [name.replace("->", "→"), *PAPER_CLASSES[name]]
+        for classes, moves in runs:
+            mine = classes[name]
+            row.append(percent(mine.mean()))
+            if mine.any():
+                means = moves[:, mine].mean(1)
+                row.append(f"{means[0]:.2f} → {means[-1]:.2f}")
+            else:
+                row.append("")
+        yield row
+
+
+# ---- real text, time and speed -------------------------------------------------------------------
+
+
+def real_table(folder):
+    arms = ["arm", "seeds", "tokens seen", "trained on", "target loss", "corpus loss"]
+    yield arms + [f"{task} right, %" for task in TASKS]
+    for run in REAL_RUNS:
+        label, *cells = arm_row(run, folder / "real")
+        row = [label, str(len(published(run, folder / "real"))), *cells]
+        for task in TASKS:
+            right, asked = count_answers(run, task, folder / "real")
+            low, high = wilson_interval(right, asked)
+            row.append(f"{100 * right / asked:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        yield row
+
+
+def hours_table(folder):
+    """What each experiment took, training and answering, from its logs."""
+    yield ["experiment", "runs", "core-hours"]
+    for name, commands in (DEMO | REAL).items():
+        paths = logs_made(commands())
+        if paths:
+            hours = seconds({path: read_log(folder / path) for path in paths}) / 3600
+            yield [name, str(len(paths)), f"{hours:.1f}"]
+
+
+def bench_table(folder):
+    yield ["ratio", "median", "lowest", "highest"]
+    for record in read_log(folder / "bench.jsonl"):
+        numbers = [record["ratio"], record["low"], record["high"]]
+        yield [record["name"], *(f"{number:.2f}" for number in numbers)]
+
+
+def paper_table(folder):
+    """The paper's 1 B run in hours, from counted operations alone; TinyLlama's shape."""
+    attention = 2 * 2048**2 + 2 * 2048 * 256  # multiplications for a token in one layer
+    scores = 2048 * 2048  # q times k, then times v: over half of 2,048 tokens on average
+    mlp = 3 * 2048 * 5632
+    inside = 22 * (attention + scores + mlp)
+    head = 2048 * 32000
+    forward = inside + head
+    rate = 0.4 * 989e12  # an H100's peak in bf16, 40 % of it
+    tokens = 15e9
+    costs = {
+        "reference: 3 epochs of 0.5 B tokens": 1.5e9 * 3 * forward,
+        "scoring 15 B tokens once (30 GB on disk)": tokens * forward,
+        "student, CLM": tokens * 3 * forward,
+        "student, SLM 60 %, scores from disk": tokens * (forward + 2 * (inside + 0.6 * head)),
+        "student, SLM with the reference online": tokens * 4 * forward,
+    }
+    yield ["stage", "1 H100", "8 H100", "32 H100"]
+    for stage, multiplications in costs.items():
+        hours = 2 * multiplications / rate / 3600
+        yield [stage, *(f"{hours / gpus:.1f} h" for gpus in (1, 8, 32))]
+
+
+TABLES = {
+    "main": main_table,
+    "demo": demo_table,
+    "arms": arms_table,
+    "ratio": partial(sweep_table, "ratio"),
+    "map": map_table,
+    "dirt": dirt_table,
+    "references": references_table,
+    "long": long_table,
+    "scope": partial(sweep_table, "scope"),
+    "kinds": kinds_table,
+    "dynamics": dynamics_table,
+    "self": partial(sweep_table, "self"),
+    "variants": partial(sweep_table, "variants"),
+    "lr": lr_table,
+    "real": real_table,
+    "real-lr": real_lr_table,
+    "hours": hours_table,
+    "bench": bench_table,
+    "paper": paper_table,
+}
+
+
+# ---- publishing ----------------------------------------------------------------------------------
+
+
+def markdown(rows):
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def content(marker, folder=HERE):
+    """What stands at a marker: the table, its findings in sentences, what it was made with."""
+    if marker in NOT_YET:
+        return "Not measured yet."
+    parts = [markdown(TABLES[marker](folder))]
+    if marker in FINDINGS:
+        parts.append(" ".join(FINDINGS[marker](folder)))
+    parts.append(provenance(marker, folder))
+    return "\n\n".join(part for part in parts if part)
+
+
+def fill(text, folder=HERE):
+    """A README with every table in it made anew."""
+
+    def section(found):
+        marker = found[1]
+        return f"<!-- {marker} -->\n{content(marker, folder)}\n<!-- /{marker} -->"
+
+    return re.sub(r"<!-- (\S+) -->\n.*?\n<!-- /\1 -->", section, text, flags=re.S)
+
+
+def aligned(rows):
+    rows = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        lines.append("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def show(folder):
+    """The tables of one set of runs, on the screen."""
+    runs = read_runs(folder)
+    if not runs:
+        raise InputError(f"{folder}: no logs of runs. Run: python rho.py")
+    print(aligned(runs_table(runs)))
+    print("\n".join(run_sentences(runs)))
+    if (folder / "dynamics-slm.jsonl").exists():
+        print(aligned(dynamics_rows(read_losses(folder))))
+
+
+def main():
+    words = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**words)
+    parser.add_argument("folder", nargs="?", type=Path, help="of your own runs, as out/demo")
+    publish = "write README.md, results/README.md and results/summary.json"
+    parser.add_argument("--publish", action="store_true", help=publish)
+    args = parser.parse_args()
+    if args.publish:
+        for readme in (HERE.parent / "README.md", HERE / "README.md"):
+            readme.write_text(fill(readme.read_text()))
+        (HERE / "summary.json").write_text(summary(HERE))
+    elif args.folder:
+        show(args.folder)
+    else:
+        for marker in TABLES:
+            print(f"{marker}\n\n{content(marker)}\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
