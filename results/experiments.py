@@ -331,8 +331,8 @@ REAL = {
 GROUPS = {"demo": DEMO, "real": REAL}
 
 
-# {table: {row: run}} of the tables whose rows are runs at the demo's length, set beside CLM's, and what is said
-# above the rows.
+# The tables whose rows are runs at the demo's length, set beside CLM's: what is said above the
+# rows, and {table: {row: run}}.
 HEADERS = {"ratio": "selected", "scope": "top k over", "self": "kept", "variants": "rule"}
 SWEEPS = {
     "ratio": {
