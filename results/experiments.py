@@ -381,12 +381,12 @@ def logs_made(lines):
     return paths
 
 
-def main():
+def main(argv=None):
     words = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**words)
+    parser = argparse.ArgumentParser(prog="experiments.py", **words)
     names = [*GROUPS, *DEMO, *REAL]
     parser.add_argument("name", nargs="*", help=f"of {', '.join(names)} (default: demo)")
-    for name in parser.parse_args().name or ["demo"]:
+    for name in parser.parse_args(argv).name or ["demo"]:
         if name in GROUPS:
             chosen = [*GROUPS[name].values()]
         elif name in names:

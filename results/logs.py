@@ -339,11 +339,11 @@ def corpus_tokens(data, n):
     if not (data / "kinds.npz").exists():
         return text, np.empty(0)
     kinds = np.load(data / "kinds.npz")["val_corpus"][1 : n + 1]
-    # The slip itself: a run of kind 1 begins with it where it begins with a digit. In the demo's
-    # vocabulary a digit is a token by itself, numbered as its byte.
+    # The slip itself: the digits that a run of kind 1 begins with. In the demo's vocabulary each
+    # digit is a token, numbered as its byte.
     for i in np.flatnonzero(kinds == 1):
-        begins = i == 0 or kinds[i - 1] != 1
-        if begins and chr(text[i]).isdigit():
+        in_what_follows = i > 0 and kinds[i - 1] == 1
+        if chr(text[i]).isdigit() and not in_what_follows:
             kinds[i] = SLIP
     return text, kinds
 
@@ -413,12 +413,12 @@ def collect(out, data, results=HERE):
     (results / "runs" / "shares.json").write_text(json.dumps(shares, indent=1) + "\n")
 
 
-def main():
+def main(argv=None):
     words = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**words)
+    parser = argparse.ArgumentParser(prog="logs.py", **words)
     help = "copy the logs from out/ into results/, which is what the tables are made from"
     parser.add_argument("--collect", action="store_true", required=True, help=help)
-    parser.parse_args()
+    parser.parse_args(argv)
     collect(Path("out"), Path("data"))
 
 

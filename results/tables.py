@@ -394,27 +394,26 @@ def show(folder):
         print(aligned(dynamics_rows(read_losses(folder))))
 
 
-def main():
+def main(argv=None):
     words = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**words)
+    parser = argparse.ArgumentParser(prog="tables.py", **words)
     parser.add_argument("folder", nargs="?", type=Path, help="of your own runs, as out/demo")
     publish = "write README.md, results/README.md and results/summary.json"
     parser.add_argument("--publish", action="store_true", help=publish)
-    args = parser.parse_args()
-    if args.publish:
-        for readme in (HERE.parent / "README.md", HERE / "README.md"):
-            readme.write_text(fill(readme.read_text()))
-        (HERE / "summary.json").write_text(summary(HERE))
-    elif args.folder:
-        show(args.folder)
-    else:
-        for marker in TABLES:
-            print(f"{marker}\n\n{content(marker)}\n")
+    args = parser.parse_args(argv)
+    try:
+        if args.publish:
+            for readme in (HERE.parent / "README.md", HERE / "README.md"):
+                readme.write_text(fill(readme.read_text()))
+            (HERE / "summary.json").write_text(summary(HERE))
+        elif args.folder:
+            show(args.folder)
+        else:
+            for marker in TABLES:
+                print(f"{marker}\n\n{content(marker)}\n")
+    except InputError as error:
+        parser.exit(2, f"tables.py: {error}\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -1,0 +1,487 @@
+"""The published tables say what the logs say, and the logs are those of the named commands."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_math
+import prepare_data
+import rho
+
+ROOT = Path(rho.__file__).parent
+RESULTS = ROOT / "results"
+sys.path.insert(0, str(RESULTS))
+
+import experiments  # noqa: E402
+import findings  # noqa: E402
+import logs  # noqa: E402
+import tables  # noqa: E402
+
+READMES = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+PAGES = "".join(READMES.values())
+
+
+# ---- the published pages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_published_tables_are_those_of_the_logs(name):
+    assert tables.fill(READMES[name]) == READMES[name], "run: python results/tables.py --publish"
+
+
+def test_summary_is_that_of_the_logs():
+    assert (RESULTS / "summary.json").read_text() == findings.summary(RESULTS)
+
+
+def test_every_table_stands_on_a_page_once():
+    markers = re.findall(r"<!-- (\S+) -->\n", PAGES)
+    opened = [marker for marker in markers if not marker.startswith("/")]
+    assert sorted(opened) == sorted([*tables.TABLES, *tables.NOT_YET])
+    for marker in opened:
+        assert PAGES.count(f"<!-- /{marker} -->") == 1
+
+
+def section(marker):
+    """{first cell: other cells} of a table as it stands on its page."""
+    text = re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", PAGES, re.S)[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_published_values_checked_by_hand():
+    """Values read off the logs by people. A table of something else would not hold them."""
+    real = {label: row[3].split()[0] for label, row in section("real").items()}
+    assert real["reference (clean text only)"] == "2.860"
+    assert real["CLM: all tokens"] == "3.515"
+    assert real["SLM: selected tokens"] == "3.337"
+    assert real["SLM, 30 % selected"] == "3.317"
+    assert float(real["random tokens"]) == pytest.approx(3.650, abs=0.0011)
+    arms = {label: row[-1] for label, row in section("arms").items()}
+    assert arms["CLM: all tokens"] == "33.8 ± 4.9"
+    assert arms["SLM: selected tokens"] == "65.8 ± 5.6"
+    assert section("map")["75 %"] == ["", "+22.9", "+5.5", "+0.2"]
+    demo = list(tables.TABLES["demo"](RESULTS))
+    right = [row[5] for row in demo[1:]]
+    assert right == ["326 of 500", "56 of 500", "33 of 500", "169 of 500"]
+
+
+def test_summary_has_whole_keys_and_nothing_that_was_not_measured():
+    summary = json.loads((RESULTS / "summary.json").read_text())
+    assert set(summary) == {"demo", "real", "dynamics", "bench"}
+    demo = "seeds gain_points gain_points_ci95 tokens_ratio_mean tokens_ratio_loss_mean"
+    demo += " student_minus_reference_points seconds_total cores"
+    assert list(summary["demo"]) == demo.split()
+    assert list(summary["real"]["heldout_loss"]) == ["clm", "random", "slm", "reference_only"]
+    assert sum(summary["dynamics"].values()) == pytest.approx(1, abs=1e-3)
+    rows = {record["name"]: record["ratio"] for record in logs.read_log(RESULTS / "bench.jsonl")}
+    short = set(summary["bench"]) - set(rows)
+    assert short <= set(findings.HEADLINE_RATIOS)
+    for name, ratio in summary["bench"].items():
+        assert ratio == rows[findings.HEADLINE_RATIOS.get(name, name)]
+
+
+def test_files_that_the_pages_name_exist():
+    for name, text in READMES.items():
+        folder = (ROOT / name).parent
+        for path in re.findall(r"\]\(([^)#]+)\)", text):
+            assert path.startswith("http") or (folder / path).exists(), path
+
+
+@pytest.mark.parametrize("script", [rho, prepare_data, eval_math])
+def test_flags_that_pages_and_commands_name_exist(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["-h"])
+    helped = capsys.readouterr().out
+    name = Path(script.__file__).name
+    lines = re.findall(rf"^(?:python )?{name}.*|^python {name} .*", PAGES, re.M)
+    for commands in (experiments.DEMO | experiments.REAL).values():
+        for line in commands():
+            lines += [part for part in line.split(" && ") if part.startswith(f"python {name}")]
+    flags = set(re.findall(r"--\w+", " ".join(line.split("#")[0] for line in lines)))
+    assert flags
+    for flag in flags:
+        assert re.search(rf"{flag}\b", helped), flag
+
+
+# ---- each table and its own logs -----------------------------------------------------------------
+
+HEADERS = {
+    "main": "arm | target loss | answers right, %",
+    "demo": "arm | tokens seen | trained on | target loss | corpus loss | answers right | seconds",
+    "arms": "arm | tokens seen | trained on | target loss | corpus loss | answers right, %",
+    "ratio": "selected | seeds | target loss | answers right, % | points over CLM",
+    "map": "wrong answers | 0 of dirt | 1 of dirt | 3 of dirt | 6 of dirt",
+    "dirt": "wrong answers | dirt per problem | target tokens | seeds | CLM right, %",
+    "references": "reference | seeds | its target loss | its answers right, % | student right, %",
+    "long": "wrong answers | dirt per problem | tokens seen | CLM right, % | SLM right, %",
+    "scope": "top k over | seeds | target loss | answers right, % | points over CLM",
+    "kinds": "kind of token | share of tokens | kept at 0.3 M | kept at 1.1 M | kept at 2.0 M",
+    "dynamics": "class | paper: share | paper: mean loss | CLM: share | CLM: mean loss",
+    "self": "kept | seeds | target loss | answers right, % | points over CLM",
+    "variants": "rule | seeds | target loss | answers right, % | points over CLM",
+    "lr": "tokens | learning rate | CLM's target loss | corpus loss | answers right, %",
+    "real": "arm | seeds | tokens seen | trained on | target loss | corpus loss | singleop right",
+    "real-lr": "tokens | learning rate | CLM's target loss | corpus loss",
+    "hours": "experiment | runs | core-hours",
+    "bench": "ratio | median | lowest | highest",
+    "paper": "stage | 1 H100 | 8 H100 | 32 H100",
+}
+
+
+@pytest.mark.parametrize("marker", tables.TABLES)
+def test_a_table_begins_with_its_own_header(marker):
+    header, *rows = tables.TABLES[marker](RESULTS)
+    assert " | ".join(header).startswith(HEADERS[marker])
+    assert rows and {len(row) for row in rows} == {len(header)}
+    page = re.search(rf"<!-- {marker} -->\n(.*)\n", PAGES)[1]
+    assert page == "| " + " | ".join(header) + " |"
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The published logs once more, to be altered; a test puts back what it altered."""
+    folder = tmp_path_factory.mktemp("published")
+    others = [RESULTS / "runs" / "shares.json", RESULTS / "real" / "answers.json"]
+    for path in [*RESULTS.rglob("*.jsonl"), *RESULTS.rglob("*.npz"), *others]:
+        copy = folder / path.relative_to(RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return folder
+
+
+def halved(found):
+    """{name: share} and {name: [right, asked]} with half the share, half as many right."""
+    half = {}
+    for name, number in found.items():
+        half[name] = number / 2 if isinstance(number, float) else [number[0] // 2, number[1]]
+    return half
+
+
+def alter(path):
+    """Change what a file says: every measurement of a log, and how many tokens it selects."""
+    if path.suffix == ".npz":
+        losses = dict(np.load(path))
+        for run in ("slm", "dynamics-clm", "dynamics-slm"):
+            losses[run] = losses[run] + np.linspace(0, 3, losses[run].shape[1])
+        np.savez(path, **losses)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(halved(json.loads(path.read_text()))))
+    else:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if "right" in record:
+                record["right"] = record["questions"] - record["right"]
+            for key in ("val_loss", "val_corpus_loss", "trained", "ratio", "low", "high"):
+                if key in record:
+                    record[key] *= 0.5
+            if "seconds" in record:
+                record["seconds"] += 7200
+        if records[0].get("config", {}).get("ratio"):
+            records[0]["config"]["ratio"] *= 0.5
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def altered(paths, make):
+    """What `make` makes once the files are altered. They are then put back."""
+    before = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        alter(path)
+    try:
+        return make()
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("marker", tables.TABLES)
+def test_a_table_changes_with_its_own_logs_and_no_other(marker, copied):
+    def rows():
+        return list(tables.TABLES[marker](copied))
+
+    published = rows()
+    own = logs.sources(marker, copied)
+    assert own or marker == "paper"
+    others = [path for path in copied.rglob("*") if path.is_file() and path not in own]
+    assert altered(others, rows) == published
+    for path in own[:: len(own) // 30 + 1]:  # of long lists some
+        assert altered([path], rows) != published, path
+
+
+@pytest.mark.parametrize("marker", sorted(set(findings.FINDINGS) - {"bench"}))
+def test_sentences_change_with_the_logs_of_their_table(marker, copied):
+    published = " ".join(findings.FINDINGS[marker](copied))
+    own = logs.sources(marker, copied)[::2]
+    assert altered(own, lambda: " ".join(findings.FINDINGS[marker](copied))) != published
+
+
+def test_a_table_names_the_commits_of_all_its_logs():
+    for marker in tables.TABLES:
+        commits = set()
+        for path in logs.sources(marker, RESULTS):
+            if path.suffix == ".jsonl" and path.name != "bench.jsonl":
+                commits.add(logs.read_log(path)[0]["commit"])
+        assert commits <= set(re.findall(r"\w+", logs.provenance(marker))), marker
+    assert logs.provenance("dirt") == "Logs of commits a12f29c, fdb4071, 1eaad62."
+    assert logs.provenance("dynamics") == "Logs made at commit a12f29c."
+
+
+# ---- statistics, by hand -------------------------------------------------------------------------
+
+
+def log(*evaluations, questions=10):
+    """A log of (tokens, right) or (tokens, right, loss) at each evaluation."""
+    records = [{"run": "by hand"}]
+    for tokens, right, *loss in evaluations:
+        record = {"tokens": tokens, "right": right, "questions": questions, "seconds": tokens}
+        record["val_loss"] = loss[0] if loss else 1.0
+        records.append(record)
+    return records
+
+
+def test_interval_is_students():
+    """The textbook: 1 2 3 4 5 have mean 3, standard error 0.70711, and t is 2.776."""
+    mean, low, high = logs.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, high) == pytest.approx((3, 3 + 2.776 * 0.70711), abs=1e-4)
+    assert high - mean == pytest.approx(mean - low)
+    assert findings.with_interval([-0.02, -0.02]) == "+0.0 (0.0 to 0.0)"  # not -0.0
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert logs.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert logs.spread([1.234], 2) == "1.23"
+
+
+def write_seed(folder, seed, run, right):
+    path = folder / f"seed{seed}" / f"{run}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, log((100, 0), (200, right)))))
+
+
+def test_gains_are_paired_by_seed_and_taken_at_the_end(tmp_path):
+    for seed, clm, slm in ((2, 1, 5), (10, 4, 6), (3, 2, 2)):
+        write_seed(tmp_path, seed, "clm", clm)
+        write_seed(tmp_path, seed, "slm", slm)
+    write_seed(tmp_path, 4, "slm", 9)  # without a CLM run: no pair
+    assert logs.gains("slm", "clm", part=tmp_path) == [20, 40, 0]  # seeds 10, 2, 3 by name
+    assert sorted(logs.ends("slm", "right", tmp_path)) == [20, 50, 60, 90]
+
+
+def reached(slm, clm, key="right"):
+    return logs.tokens_to_reach(slm, clm[-1], key)
+
+
+def test_passing_must_hold_to_the_end():
+    """An untrained model that guesses 22 right and then falls back has not passed."""
+    clm = log((100, 5), (200, 20), questions=500)
+    guess = log((50, 22), (100, 3), (150, 21), (200, 40), questions=500)
+    assert reached(guess, clm) == 150
+    below = log((50, 22), (100, 3), (200, 19), questions=500)
+    assert reached(below, clm) is None
+    assert logs.times_fewer(below, clm, "right") is None
+
+
+def test_passing_compares_shares_not_counts():
+    clm = log((100, 5), questions=10)
+    assert reached(log((50, 40), (100, 49), questions=100), clm) is None
+    assert reached(log((50, 40), (100, 50), questions=100), clm) == 100
+
+
+def test_passing_by_loss_is_downward():
+    clm = log((100, 0, 2.0))
+    assert reached(log((50, 0, 2.5), (80, 0, 2.0), (100, 0, 1.0)), clm, "val_loss") == 80
+
+
+def test_passing_is_read_off_the_line_between_evaluations():
+    clm = log((400, 5))
+    slm = log((100, 1), (200, 9), (400, 9))  # 5 of 10 halfway between 100 and 200
+    assert logs.times_fewer(slm, clm, "right") == 2
+    assert logs.tokens_between(slm, clm[-1], "right") == 150
+    assert logs.times_fewer(slm, clm, "right", between=True) == pytest.approx(400 / 150)
+    assert logs.tokens_between(log((100, 6), (200, 7)), clm[-1], "right") == 100
+
+
+def test_a_seed_that_never_passes_is_said_and_not_averaged():
+    assert findings.times_text([2.0, None, 4.0]) == (
+        "3.0 ± 1.4 times fewer tokens (in 2 of 3 seeds; in the others at no point)"
+    )
+    assert findings.times_text([None]) == "at no point"
+    assert findings.mean_or_none([2.0, None]) is None
+
+
+def test_fishers_exact_test():
+    """The lady tasting tea: 3 of 4 and 1 of 4; all 4 and none; equal shares."""
+    assert logs.fisher_p(3, 4, 1, 4) == pytest.approx(34 / 70)
+    assert logs.fisher_p(4, 4, 0, 4) == pytest.approx(2 / 70)
+    assert logs.fisher_p(5, 10, 5, 10) == 1
+
+
+def test_answers_are_counted_over_seeds_by_run_and_task(tmp_path):
+    answers = {"seed1/slm.addsub": [1, 10], "seed2/slm.addsub": [2, 10]}
+    answers |= {"seed1/slm-30.addsub": [7, 10], "seed1/slm.singleop": [5, 10]}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    assert logs.count_answers("slm", "addsub", tmp_path) == (3, 20)
+
+
+# ---- losses of single tokens ---------------------------------------------------------------------
+
+
+def test_token_dynamics_equal_a_line_fitted_by_hand():
+    """Least squares from its textbook formula, token by token, in plain Python."""
+    rng = np.random.default_rng(0)
+    start, drift = rng.uniform(0, 5, 300), rng.uniform(-1, 1, 300)
+    losses = start + np.linspace(0, 1, 16)[:, None] * drift + rng.normal(0, 0.2, (16, 300))
+    losses = losses.astype(np.float16)
+    found = logs.token_dynamics(losses)
+    mean_last = sum(map(float, losses[-1])) / 300
+    for token, kind in zip(losses.astype(float).T.tolist(), found, strict=True):
+        mean = sum(token) / 16
+        slope = sum((x - 7.5) * (y - mean) for x, y in enumerate(token))
+        change = 15 * slope / sum((x - 7.5) ** 2 for x in range(16))
+        flat = "L->L" if token[-1] <= mean_last else "H->H"
+        assert kind == ("L->H" if change > 0.2 else "H->L" if change < -0.2 else flat)
+    assert set(found) == set(logs.CLASSES)
+
+
+def test_token_dynamics_by_hand():
+    losses = np.array([[4, 1, 3, 0.1], [4, 1.5, 2, 0.2], [4, 2, 1, 0.1]])
+    assert logs.token_dynamics(losses).tolist() == ["H->H", "L->H", "H->L", "L->L"]
+
+
+def test_kept_is_the_rule_of_select_tokens():
+    losses = {"slm": np.random.rand(3, 50), "ref": np.random.rand(1, 50)}
+    kept = logs.kept(losses, "slm", 0.4)
+    for at_evaluation, mine in zip(losses["slm"], kept, strict=True):
+        score = torch.from_numpy(at_evaluation - losses["ref"][-1])
+        assert (rho.select_tokens(score, 0.4).numpy() == mine).all()
+
+
+def test_losses_are_read_with_the_kind_of_each_token(tmp_path):
+    """A wrong number is a kind of its own: the digits, and only those, that open a run of kind 1."""
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16"}')
+    text = [0, *b"A78B7A"]
+    np.array(text, np.uint16).tofile(tmp_path / "val_corpus.bin")
+    np.savez(tmp_path / "kinds.npz", val_corpus=np.array([0, 0, 1, 1, 1, 1, 3], np.uint8))
+    (tmp_path / "slm").mkdir()
+    for step in (1, 2):
+        np.save(tmp_path / "slm" / f"{step}.npy", np.full((1, 6), step, np.float16))
+    records = [{"config": {"data": str(tmp_path), "init": "out/clm.pt"}}]
+    records += [{"step": step, "tokens": 10 * step} for step in (1, 2)]
+    (tmp_path / "slm.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = logs.read_losses(tmp_path)
+    assert found["slm"].tolist() == [[1] * 6, [2] * 6]
+    assert found["slm seen"].tolist() == [10, 20] and found["slm on"]
+    assert found["text"].tolist() == text[1:]
+    assert found["kinds"].tolist() == [0, logs.SLIP, logs.SLIP, 1, 1, 3]
+    assert logs.read_losses(tmp_path / "slm") == {}
+
+
+# ---- the published runs and their commands -------------------------------------------------------
+
+
+def test_published_runs_are_comparable():
+    """Same seed, data, model, optimizer, schedule and tokens in all arms; only the rule differs."""
+    folders = [*(RESULTS / "runs").glob("seed*"), *(RESULTS / "real").glob("seed*")]
+    assert len(folders) == 8
+    own = {"select", "ratio", "threshold", "name", "stage", "reference"}
+    for folder in [*folders, RESULTS / "demo"]:
+        runs = logs.read_runs(folder)
+        arms = {run: runs[run] for run in ("clm", "slm", "slm-random")}
+        configs = {run: records[0]["config"] for run, records in arms.items()}
+        shared = [{k: v for k, v in config.items() if k not in own} for config in configs.values()]
+        assert shared[0] == shared[1] == shared[2]
+        assert len({records[-1]["tokens"] for records in arms.values()}) == 1
+        assert arms["slm"][-1]["trained"] == arms["slm-random"][-1]["trained"]
+        assert configs["slm"]["ratio"] == configs["slm-random"]["ratio"] < 1
+        assert configs["slm"]["select"] == "excess" and configs["slm-random"]["select"] == "random"
+
+
+def is_set_to(setting, text):
+    """Whether a logged setting is what the flag said: 0.002 is 2e-3."""
+    if isinstance(setting, (int, float)):
+        return setting == float(text)
+    return setting == text
+
+
+def test_every_published_log_is_of_a_named_command_and_the_other_way_round():
+    """Made with just these flags, and trained to its end."""
+    lines = []
+    for commands in (experiments.DEMO | experiments.REAL).values():
+        lines += commands()
+    made = experiments.logs_made(lines)
+    folders = [RESULTS / "runs", RESULTS / "real"]
+    found = [path for folder in folders for path in folder.rglob("*.jsonl")]
+    assert sorted(made) == sorted(str(path.relative_to(RESULTS)) for path in found)
+
+    runs = [part for part in " && ".join(lines).split(" && ") if "rho.py" in part]
+    for command in (run for run in runs if "--stage dynamics" not in run):
+        flags = dict(re.findall(r"--(\w+) (\S+)", command))
+        header, *evaluations = logs.read_log(RESULTS / experiments.logs_made([command])[0])
+        config = header["config"]
+        tokens = config["tokens"]
+        if flags["stage"] == "ref":
+            tokens = config["ref_tokens"] or tokens  # the older logs call both `tokens`
+            assert is_set_to(tokens, flags.pop("ref_tokens", tokens)), command
+        if flags.get("select") == "oracle" and config["select"] == "ref_loss":
+            del flags["select"]  # older logs: within the program the oracle was this rule
+        for flag, text in flags.items():
+            assert is_set_to(config[flag], text), command
+        assert evaluations[-1]["step"] == tokens // (config["batch_size"] * config["block_size"])
+
+
+def test_commands_are_printed_by_table(capsys):
+    experiments.main(["lr", "scope"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 7 + 9 and all(line.startswith("python rho.py") for line in printed)
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(["lt"])
+    assert stopped.value.code == 2 and "lt: unknown" in capsys.readouterr().err
+
+
+# ---- a user's own runs ---------------------------------------------------------------------------
+
+
+def test_own_runs_all_show_and_another_length_is_marked(tmp_path, capsys):
+    for run, tokens in (("clm", 200), ("slm", 200), ("mine", 100), ("ref", 50)):
+        header, *records = log((tokens // 2, 3), (tokens, 5))
+        for record in records:
+            record |= {"trained": tokens, "val_corpus_loss": 2.0, "eval_seconds": 1}
+        records.insert(0, header | {"config": {}})
+        (tmp_path / f"{run}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    before = (ROOT / "README.md").read_text()
+    tables.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if " of 10" in line]
+    lines = {re.split("  +", row.strip())[0]: row for row in rows}
+    labels = [experiments.RUNS[run].label for run in ("ref", "clm", "slm")]
+    assert list(lines) == [*labels, "mine"]
+    assert "100 *" in lines["mine"] and "*" not in lines["SLM: selected tokens"]
+    assert "* Of another length than CLM" in printed
+    assert (ROOT / "README.md").read_text() == before
+    with pytest.raises(SystemExit) as stopped:
+        tables.main([str(tmp_path / "none")])
+    assert stopped.value.code == 2 and "no logs of runs" in capsys.readouterr().err
+
+
+def test_collect_copies_logs_and_counts_answers(tmp_path):
+    out, data, results = (tmp_path / name for name in ("out", "data", "results"))
+    for folder in ("out/seed1", "out/real/seed2", "data/demo", "results/runs", "results/real"):
+        (tmp_path / folder).mkdir(parents=True)
+    (out / "seed1" / "slm.jsonl").write_text("{}")
+    (out / "real" / "seed2" / "clm.jsonl").write_text("{}")
+    answers = '{"correct": true}\n{"correct": false}\n{"correct": true}\n'
+    (out / "real" / "seed2" / "clm.addsub.answers.jsonl").write_text(answers)
+    np.savez(data / "demo" / "kinds.npz", train=np.array([0, 0, 0, 5]))
+    (results / "runs" / "shares.json").write_text('{"other": 0.5}')
+    logs.collect(out, data, results)
+    found = {str(path.relative_to(results)) for path in results.rglob("*.jsonl")}
+    assert found == {"runs/seed1/slm.jsonl", "real/seed2/clm.jsonl"}
+    counted = json.loads((results / "real" / "answers.json").read_text())
+    assert counted == {"seed2/clm.addsub": [2, 3]}
+    shares = json.loads((results / "runs" / "shares.json").read_text())
+    assert shares == {"other": 0.5, "demo": 0.75}
