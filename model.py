@@ -15,7 +15,6 @@ S cached positions, N = B * T tokens, k of them selected, v columns of one block
 import json
 import math
 import re
-import shutil
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
@@ -27,6 +26,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from prepare_data import InputError, get_tokenizer, whole_file
+
+try:
+    from prepare_data import tokenizer_spec
+except ImportError:
+    tokenizer_spec = None
 
 
 class ModelError(InputError):
@@ -451,61 +455,48 @@ def load_checkpoint(path):
     """The dict that a run saved. ModelError if it is cut short, damaged or something else."""
     with open(path, "rb") as file:
         try:
-            # torch.load does not look at the checksums that torch.save writes: a flipped bit
-            # would become a weight.
-            damaged = zipfile.ZipFile(file).testzip()
-            if damaged is None:
-                file.seek(0)
-                return torch.load(file, map_location="cpu", weights_only=True)
+            # torch.load does not compare the checksums that torch.save wrote: a flipped bit would
+            # become a weight.
+            if zipfile.ZipFile(file).testzip() is not None:
+                raise ValueError("a checksum is wrong")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = error
-        else:
-            reason = None
-    raise ModelError(
-        f"{path} is cut short, damaged or not a checkpoint of rho.py: delete it and run its stage "
-        "again"
-    ) from reason
+            what = "is cut short, damaged or no checkpoint of rho.py"
+            raise ModelError(f"{path} {what}: delete it and run its stage again") from error
 
 
 def load_model(path, device="cpu", block_size=None):
     """(GPT, checkpoint) of a file that rho.py wrote, or of a Hugging Face folder.
 
-    Of a folder, the second is {"tokenizer": spec} where it has a tokenizer.json, else {}.
-    block_size: longer sequences will not come, so no memory is spent on their positions.
+    Of a folder, the second is {"tokenizer": spec}, or {} where it has no tokenizer.json.
+    block_size: the longest sequence that will come, so that longer tables take no memory.
     """
     if Path(path).is_dir():
-        model = load_hf(path, block_size)
-        return model.to(device), folder_tokenizer(path)
+        model = load_hf(path, block_size).to(device)
+        if not Path(path, "tokenizer.json").exists():
+            return model, {}
+        return model, {"tokenizer": tokenizer_spec(path)}
     checkpoint = load_checkpoint(path)
     try:
         config = GPTConfig(**checkpoint["model_config"])
         config.block_size = min(config.block_size, block_size or config.block_size)
         weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
     except (LookupError, TypeError, AttributeError, ModelError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{path} holds no model that fits this model.py ({reason}): delete it and run its "
-            "stage again"
-        ) from error
+        what = f"holds no model that fits this model.py ({error})"
+        raise ModelError(f"{path} {what}: delete it and run its stage again") from error
     return model_with(config, weights, path).to(device), checkpoint
 
 
 def model_with(config, weights, path):
-    """A GPT with these weights {name: tensor}. ModelError names the tensor that does not fit."""
-    with torch.device("meta"):  # no time for first weights that would be replaced at once
+    """A GPT with these weights {name: tensor}. ModelError names the tensors that do not fit."""
+    with torch.device("meta"):  # no time for first weights that are replaced at once
         model = GPT(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing = [name for name in shapes if name not in weights]
-    extra = [name for name in weights if name not in shapes]
-    if missing:
-        raise ModelError(f"{path}: the tensor {missing[0]} is missing, one of {len(missing)}")
-    if extra:
-        raise ModelError(f"{path}: GPT has no tensor {extra[0]}, one of {len(extra)}")
-    for name, shape in shapes.items():
-        found = weights[name].shape
-        if found != shape:
-            raise ModelError(f"{path}: {name} is {tuple(found)}, not {tuple(shape)} as configured")
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # it lists what is missing, unexpected or of another shape
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path} does not fit its configuration. {reason}") from error
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model
@@ -541,12 +532,14 @@ ROPE_KEYS = {
     "linear": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
 }
+DOWNLOAD = "download it again (in a git clone: git lfs pull)"
 
 
 def load_hf(folder, block_size=None):
-    """A GPT from a folder with config.json and safetensors. ModelError names what does not fit.
+    """A GPT, in float32, from a folder with config.json and safetensors.
 
-    Llama (TinyLlama, SmolLM2, Llama 3.2), Mistral, Qwen2.5 and Qwen3, the weights as float32.
+    Llama (TinyLlama, SmolLM2, Llama 3.2), Mistral, Qwen2.5 and Qwen3. ModelError names the file,
+    key or tensor that GPT cannot be.
     """
     path = Path(folder, "config.json")
     settings = read_json(path)
@@ -555,79 +548,57 @@ def load_hf(folder, block_size=None):
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     weights = read_safetensors(Path(folder))
-    if config.tied and "embed_tokens.weight" in weights:
-        embedding = weights["embed_tokens.weight"]
+    embedding = weights.get("embed_tokens.weight")
+    if config.tied and embedding is not None:
         head = weights.setdefault("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
             raise ModelError(f"{path}: tie_word_embeddings is true, but lm_head.weight differs")
     return model_with(config, weights, folder)
 
 
-def folder_tokenizer(folder):
-    if not Path(folder, "tokenizer.json").exists():
-        return {}
-    from prepare_data import tokenizer_spec
-
-    return {"tokenizer": tokenizer_spec(folder)}
-
-
 def read_json(path):
-    """The dict in a JSON file. ModelError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} not found: {path.parent} is no Hugging Face folder") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is cut short or not JSON: download it again") from error
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object: download it again")
+        raise ModelError(f"{path} is cut short or not JSON: {DOWNLOAD}")
     return content
 
 
 def read_safetensors(folder):
     """All tensors of a folder, {our name: float32}: of the shards in the index, or of one file."""
     index = folder / "model.safetensors.index.json"
+    old = folder / "pytorch_model.bin"
     names = ["model.safetensors"]
     if index.exists():
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise ModelError(f"{index} has no weight_map: download it again")
+        if not isinstance(places, dict) or not places:
+            raise ModelError(f"{index} has no weight_map: {DOWNLOAD}")
         names = sorted(set(map(str, places.values())))
-    elif not (folder / names[0]).exists():
-        old = sorted(folder.glob("pytorch_model*.bin"))
-        if old:
-            raise ModelError(
-                f"{old[0]}: only safetensors are read. Convert it with transformers: "
-                f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
-            )
+    elif old.exists() and not (folder / names[0]).exists():
+        convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        raise ModelError(f"{old}: only safetensors are read. Convert it by transformers' {convert}")
     weights = {}
     for name in names:
         for key, tensor in read_shard(folder / name).items():
-            # Tables that the first Llamas stored; here they are computed from the configuration.
+            # Tables that the first Llamas stored; here they follow from the configuration.
             if not key.endswith("rotary_emb.inv_freq"):
-                weights[key.removeprefix("model.")] = tensor
+                # A copy, for what load_file returns changes or vanishes with the file.
+                weights[key.removeprefix("model.")] = tensor.to(torch.float32, copy=True)
     return weights
 
 
 def read_shard(path):
-    """The tensors of one safetensors file, as float32."""
     safetensors, _ = hf_packages()
     try:
-        with open(path, "rb") as file:
-            beginning = file.read(20)
-        if beginning.startswith(b"version https://git"):
-            raise ModelError(f"{path} is a Git LFS pointer, not the weights. Run: git lfs pull")
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except FileNotFoundError as error:
-        raise ModelError(f"{path} not found: download it") from error
+        raise ModelError(f"{path} not found: {DOWNLOAD}") from error
     except safetensors.SafetensorError as error:
-        raise ModelError(f"{path} is cut short or damaged: download it again") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ModelError(f"{path}: {name} is {tensor.dtype}: quantized weights are not read")
-        # A copy, for load_file's tensors change or vanish with the file.
-        tensors[name] = tensor.to(torch.float32, copy=True)
-    return tensors
+        raise ModelError(f"{path} is cut short, damaged or an LFS pointer: {DOWNLOAD}") from error
 
 
 def hf_packages():
@@ -636,9 +607,8 @@ def hf_packages():
         import safetensors.torch
         import tokenizers
     except ImportError as error:
-        raise ModelError(
-            f"Hugging Face folders need {error.name}. Run: pip install safetensors tokenizers"
-        ) from error
+        remedy = "Run: pip install safetensors tokenizers"
+        raise ModelError(f"Hugging Face folders need {error.name}. {remedy}") from error
     return safetensors, tokenizers
 
 
@@ -657,7 +627,8 @@ def config_from_hf(settings, block_size=None):
         value = settings.get(key)
         if value is None and field in ("n_kv_head", "head_dim", "rope_theta", "norm_eps"):
             continue  # then GPTConfig's own default is the right one
-        shape[field] = number(key, value, whole=field not in ("rope_theta", "norm_eps"))
+        whole = GPTConfig.__annotations__[field] is int
+        shape[field] = number(key, value, (int,) if whole else (int, float))
     if family == "qwen3":
         shape.setdefault("head_dim", 128)
     shape["block_size"] = min(shape["block_size"], block_size or shape["block_size"])
@@ -671,8 +642,8 @@ def config_from_hf(settings, block_size=None):
     )
 
 
-def number(key, value, whole):
-    if type(value) is not int and (whole or type(value) is not float) or value <= 0:
+def number(key, value, kinds):
+    if type(value) not in kinds or not 0 < value < math.inf:
         raise ModelError(f"{key} has to be a number above 0, not {value!r}")
     return value
 
@@ -704,7 +675,7 @@ def scaling_from_hf(settings):
         return None
     scaling = {"rope_type": kind}
     for key in ROPE_KEYS[kind].split():
-        scaling[key] = number(key, settings.get(key), whole=False)
+        scaling[key] = number(key, settings.get(key), (int, float))
     return scaling
 
 
@@ -714,7 +685,7 @@ def window_from_hf(settings, family, block_size):
     window = settings.get("sliding_window", 4096 if family == "mistral" else None)
     if family.startswith("qwen") and not settings.get("use_sliding_window"):
         window = None
-    if window is None or number("sliding_window", window, whole=True) >= block_size:
+    if window is None or number("sliding_window", window, (int,)) >= block_size:
         return 0
     if family != "mistral":
         raise ModelError(f"sliding_window {window}: GPT has one in every layer (Mistral) or none")
@@ -737,9 +708,9 @@ def save_hf(model, folder, tokenizer=None):
     config = config_to_hf(model.config)
     config["torch_dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        if path.name not in EXPORTED:
-            raise ModelError(f"{path} is not part of an export: choose a folder of its own")
+    for other in sorted(folder.iterdir()):
+        if other.name.removesuffix(".tmp") not in EXPORTED:
+            raise ModelError(f"{other} is not part of an export: choose a folder of its own")
     # Written last: a folder without config.json is no model, so half an export is taken for none.
     (folder / "config.json").unlink(missing_ok=True)
 
@@ -748,14 +719,18 @@ def save_hf(model, folder, tokenizer=None):
         encoding = get_tokenizer(tokenizer)
         special["bos_token_id"] = getattr(encoding, "bos_token", encoding.eot_token)
         special["eos_token_id"] = getattr(encoding, "eos_token", encoding.eot_token)
-        special["pad_token_id"] = special["eos_token_id"]
         save_tokenizer(tokenizer, folder, special, model.config.block_size)
     weights = {}
     for name, p in model.named_parameters():  # a tied head comes once, as the embedding
         key = name if name.startswith("lm_head") else f"model.{name}"
         weights[key] = p.detach().contiguous()
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    write_json(folder / "generation_config.json", {**special, "do_sample": False})
+    path = folder / "model.safetensors"
+    try:
+        safetensors.torch.save_file(weights, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:  # a full disk
+        raise ModelError(f"{path} cannot be written: {error}") from error
+    generation = {"do_sample": False, "pad_token_id": special.get("eos_token_id")}
+    write_json(folder / "generation_config.json", {**special, **generation})
     write_json(folder / "config.json", {**config, **special})
 
 
@@ -782,15 +757,14 @@ def save_tokenizer(spec, folder, special, block_size):
     settings = {}
     if "file" in spec:  # it came from a tokenizer.json
         source = Path(spec["file"])
-        tokenizer = tokenizers.Tokenizer.from_file(str(source))
-        shutil.copyfile(source, folder / "tokenizer.json")
         beside = source.with_name("tokenizer_config.json")
         if beside.exists():
             settings = read_json(beside)
+        tokenizer = tokenizers.Tokenizer.from_file(str(source))
+        content = source.read_bytes()
     else:
         tokenizer = tokenizer_of(get_tokenizer(spec))
-        with whole_file(folder / "tokenizer.json") as file:
-            file.write(tokenizer.to_str(pretty=True).encode())
+        content = tokenizer.to_str(pretty=True).encode()
         # The text of a special token inside a document stays text, as where the data were made.
         settings["split_special_tokens"] = True
     if not settings.get("tokenizer_class"):
@@ -798,36 +772,39 @@ def save_tokenizer(spec, folder, special, block_size):
         settings["bos_token"] = tokenizer.id_to_token(special["bos_token_id"])
         settings["eos_token"] = tokenizer.id_to_token(special["eos_token_id"])
     settings["model_max_length"] = block_size
+    with whole_file(folder / "tokenizer.json") as file:
+        file.write(content)
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def tokenizer_of(encoding):
     """A tiktoken.Encoding as a tokenizers.Tokenizer that puts the end-of-text in front."""
     _, tokenizers = hf_packages()
-    ranks = encoding._mergeable_ranks
-    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = byte_letters(byte_level.alphabet())
+    ranks = encoding._mergeable_ranks  # {bytes: id}
+    spelled = {}
+    for token in ranks:
+        spelled[token] = "".join(letters[byte] for byte in token)
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     vocabulary.update(encoding._special_tokens)
-    # As tiktoken, which joins any two neighbors that are a token together, the lowest rank first.
+    # As in tiktoken, any two neighbors that are a token together join, the lowest rank first.
     merges = []
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
         pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(spelled(left), spelled(right)) for left, right in pairs]
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
     model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True)
     tokenizer = tokenizers.Tokenizer(model)
 
-    # Only what the pattern matches is text, each match a piece of its own. After a count this
-    # package takes a plus as "again", tiktoken as "all or nothing".
+    # Only what the pattern matches is text, and each match is a piece of its own. A plus after a
+    # count means "again" to this package and "never give back" to tiktoken: left out, it is right.
     pattern = tokenizers.Regex(re.sub(r"(\{\d+,\d+\})\+", r"\1", encoding._pat_str))
     split = tokenizers.pre_tokenizers.Split(pattern, behavior="removed", invert=True)
-    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(encoding._special_tokens))
-    sample = "It's  1234567 x²,\n\n\tI'LL… naïve 東京 \u200d\r\n  end  "
-    if tokenizer.encode(sample).ids != encoding.encode_ordinary(sample):
-        raise ModelError(f"tokenizer {encoding.name}: its pattern means something else elsewhere")
     eot = tokenizer.id_to_token(encoding.eot_token)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{eot} $A",
@@ -837,25 +814,12 @@ def tokenizer_of(encoding):
     return tokenizer
 
 
-def spelled(token):
-    """Bytes as the letters that byte-level BPE writes for them: itself, or one beyond 255."""
-    return "".join(BYTE_LETTERS[byte] for byte in token)
-
-
-def byte_letters():
-    """GPT-2's letter for each byte: printable ones stand for themselves, others from 256 on."""
-    letters = []
-    unprintable = 0
-    for byte in range(256):
-        if 33 <= byte < 127 or 161 <= byte < 173 or byte >= 174:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(256 + unprintable))
-            unprintable += 1
-    return letters
-
-
-BYTE_LETTERS = byte_letters()
+def byte_letters(alphabet):
+    """{byte: its letter in byte-level BPE}: itself if it is printable, else one beyond 255."""
+    letters = sorted(alphabet)
+    printable = [ord(letter) for letter in letters if ord(letter) < 256]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(printable + others, letters, strict=True))
 
 
 def write_json(path, content):
