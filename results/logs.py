@@ -35,18 +35,8 @@ KINDS = {
 CLASSES = ["H->H", "L->H", "H->L", "L->L"]
 LOSS_RUNS = ["ref", "clm", "slm", "dynamics-clm", "dynamics-slm"]
 
-# Student's t for a 95 % interval of n values: {n: t with n - 1 degrees of freedom}.
-T95 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}
+# Student's t for a 95 % interval: {n values: t with n - 1 degrees of freedom}, n from 2 to 10.
+T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), start=2))
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def test_kept_is_the_rule_of_select_tokens():
 
 
 def test_losses_are_read_with_the_kind_of_each_token(tmp_path):
-    """A wrong number is a kind of its own: the digits, and only those, that open a run of kind 1."""
+    """A wrong number is a kind of its own: the digits that open a run of kind 1."""
     (tmp_path / "meta.json").write_text('{"dtype": "uint16"}')
     text = [0, *b"A78B7A"]
     np.array(text, np.uint16).tofile(tmp_path / "val_corpus.bin")
