@@ -1,17 +1,18 @@
-"""Ratios of this code to the plain way, both sides measured in one run, interleaved; medians.
+"""How fast: ratios of this code to another way of doing the same thing.
 
-    python results/bench.py            all of them, about half an hour on two quiet cores
-    python results/bench.py step       only those whose name begins so
+    python results/bench.py                    all of them, about half an hour on two quiet cores
+    python results/bench.py step generate      the groups whose names begin so (-h: the names)
+    python results/bench.py --against FOLDER   steps, scoring and generation of this checkout over
+                                               those of another one, of an older commit for example
+    python results/bench.py --quick            tiny sizes, once each: does every measurement run?
 
-Writes results/bench.jsonl, one record a ratio (its median, its spread over the repetitions, and the
-machine), and results/growth.jsonl. These machines are noisy: a ratio within one run means
-something, a time does not.
+Both sides of a ratio run in turn, and the median of the pairs' ratios is taken: a noisy machine
+blurs a ratio but does not shift it, while a time in seconds would mean little. Each ratio is
+written to results/bench.jsonl once it is known, the growth with the sizes to results/growth.jsonl.
+--quick and --against write nothing.
 """
 
-import contextlib
-import copy
-import io
-import itertools
+import argparse
 import json
 import os
 import platform
@@ -21,369 +22,385 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.profiler import profile
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import growth  # noqa: E402
+from contenders import RATIO, Generation, Layer, Scoring, Steps, sizes_of  # noqa: E402
+from tokens_page import demo_tokenizer  # noqa: E402
 
 import prepare_data  # noqa: E402
-import rho  # noqa: E402
-from model import GPT, GPTConfig, generate, save_hf  # noqa: E402
-
-SHAPES = {  # n_layer, n_embd, n_head, T, V, batch
-    "demo": (3, 128, 4, 128, 768, 8),
-    "6x384": (6, 384, 6, 256, 50304, 4),
-    "12x768": (12, 768, 12, 1024, 50304, 1),
-}
 
 
-def interleaved(ours, other, repeat):
-    """Time of ours over other: (median of the pairs' ratios, lowest, highest)."""
-    ours(), other()
+def alternate(ours, other, repeat):
+    """Times of ours over times of other, pair by pair; who begins changes from pair to pair."""
+    ours()
+    other()  # both are warm now
     ratios = []
     for i in range(repeat):
-        times = {}
-        for f in (ours, other) if i % 2 else (other, ours):
+        order = [ours, other] if i % 2 else [other, ours]
+        seconds = {}
+        for function in order:
             start = time.perf_counter()
-            f()
-            times[f] = time.perf_counter() - start
-        ratios.append(times[ours] / times[other])
-    return statistics.median(ratios), min(ratios), max(ratios)
+            function()
+            seconds[function] = time.perf_counter() - start
+        ratios.append(seconds[ours] / seconds[other])
+    return ratios
 
 
-def make(shape):
-    n_layer, n_embd, n_head, T, V, B = SHAPES[shape]
-    torch.manual_seed(0)
-    inner = n_embd * 8 // 3 // 64 * 64
-    config = GPTConfig(V, T, n_layer, n_head, n_head, n_embd, inner)
-    x, y = torch.randint(V, (2, B, T))
-    return GPT(config), x, y
+def inverse(ratios):
+    """Ratios of rates, from those of times."""
+    return [1 / ratio for ratio in ratios]
 
 
-def contenders(shape):
-    """One step's forward and backward, by name; and the loss layer alone, by name."""
-    model, x, y = make(shape)
-    reference = make(shape)[0].eval()
-    ref_loss = torch.rand(y.numel()) * 10
-    weight = model.lm_head.weight
-
-    def plain():  # as nanoGPT: the logits are returned, hence alive until the step ends
-        logits = model.head(model(x))
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        loss.backward()
-        model.zero_grad()
-
-    def online():
-        with torch.no_grad():
-            known = rho.token_loss(reference.head(reference(x)), y)
-        student_loss = rho.token_loss(model.head(model(x)), y)
-        mask = rho.select_tokens(rho.score_tokens("excess", student_loss, known), 0.6)
-        rho.selective_loss(student_loss, mask).backward()
-        model.zero_grad()
-
-    def layer(hidden, ratio):
-        def choose(student_loss):
-            return rho.select_tokens(rho.score_tokens("excess", student_loss, ref_loss), ratio)
-
-        k = round(ratio * y.numel())
-        loss, _, _ = rho.HeadLoss.apply(hidden, weight, y.flatten(), choose, k)
-        (loss / k).backward()
-
-    def ours(ratio):
-        layer(model(x).flatten(0, 1), ratio)
-        model.zero_grad()
-
-    hidden = model(x).detach().flatten(0, 1).requires_grad_()
-
-    def plain_layer():
-        logits = hidden @ weight.T
-        F.cross_entropy(logits, y.flatten()).backward()
-        hidden.grad = weight.grad = None
-
-    def our_layer(keep):
-        rho.KEEP, before = keep, rho.KEEP
-        layer(hidden, 0.6)
-        rho.KEEP = before
-        hidden.grad = weight.grad = None
-
-    steps = {"plain": plain, "online": online, "slm": lambda: ours(0.6), "clm": lambda: ours(1.0)}
-    kept, again = lambda: our_layer(2**40), lambda: our_layer(0)
-    return model, steps, {"plain": plain_layer, "kept": kept, "again": again}
+def peak_bytes(function):
+    """The most bytes that a function holds at once, beyond what was there, by torch's count."""
+    function()
+    with profile(profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = []
+    for event in events:
+        if event["name"] == "[memory]":
+            found = event["args"]
+            held.append((event["ts"], found["Total Allocated"], found["Bytes"]))
+    held.sort()
+    _, first_total, first_change = held[0]
+    before = first_total - first_change
+    return max(total for _, total, _ in held) - before
 
 
-def step_ratios(shape, repeat):
-    """Forward and backward: ours CLM and SLM, plain CLM, and SLM with the reference run online."""
-    _, f, _ = contenders(shape)
-    yield f"step_slm_over_plain {shape}", interleaved(f["slm"], f["plain"], repeat)
-    yield f"step_slm_over_online_ref {shape}", interleaved(f["slm"], f["online"], repeat)
-    yield f"step_clm_over_plain {shape}", interleaved(f["clm"], f["plain"], repeat)
+# ---- the measurements: each yields (name, ratios) ------------------------------------------------
 
 
-def peak_bytes(f):
-    """Most bytes that f holds at once, beyond what was there, by torch's own count."""
-    f()
-    with profile(profile_memory=True) as p, tempfile.NamedTemporaryFile(suffix=".json") as out:
-        f()
-    p.export_chrome_trace(out.name)
-    events = json.loads(Path(out.name).read_text())["traceEvents"]
-    Path(out.name).unlink()
-    held = [e for e in events if e["name"] == "[memory]"]
-    held = [(e["ts"], e["args"]["Total Allocated"], e["args"]["Bytes"]) for e in held]
-    (_, first, change), *_ = held = sorted(held)
-    return max(total for _, total, _ in held) - (first - change)
+def step(shape, repeat, quick):
+    """Ours, SLM and CLM, over plain CLM; and SLM over SLM with the reference run online."""
+    steps = Steps(sizes_of(shape, quick))
+    yield f"step_slm_over_plain {shape}", alternate(steps.our_slm, steps.plain_clm, repeat)
+    yield f"step_slm_over_online_ref {shape}", alternate(steps.our_slm, steps.online_slm, repeat)
+    yield f"step_clm_over_plain {shape}", alternate(steps.our_clm, steps.plain_clm, repeat)
 
 
-def loss_ratios():
-    """The loss layer: peak memory, and time, of both forms over the plain one's."""
-    _, _, f = contenders("6x384")
-    plain = peak_bytes(f["plain"])
-    for form, name in (("kept", ""), ("again", "_recomputing")):
-        ratio = peak_bytes(f[form]) / plain
-        yield f"loss_memory{name}_over_plain 6x384", (ratio, ratio, ratio)
-        yield f"loss_time{name}_over_plain 6x384", interleaved(f[form], f["plain"], 7)
+def compiled(repeat, quick):
+    """The demo's SLM step with a compiled model over the one without, once it is warm."""
+    eager = Steps(sizes_of("demo", quick))
+    other = Steps(sizes_of("demo", quick))
+    backend = "eager" if quick else "inductor"
+    other.trunk = torch.compile(other.model, backend=backend)
+    yield "step_compiled_over_eager demo", alternate(other.our_slm, eager.our_slm, repeat)
 
 
-def peak_ratios():
-    """Matrix products of our SLM step per second over what this machine does at best; shares."""
-    model, f, _ = contenders("6x384")
-    n_layer, C, _, T, V, B = SHAPES["6x384"]
-    inside = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-    attention = 2 * n_layer * C * T / 2  # multiplications per token, causal: half
-    forward, gradient = inside + attention + V * C, 2 * (inside + attention + 0.6 * V * C)
-    operations = 2 * B * T * (forward + gradient)
-    a = torch.randn(2048, 2048)
+def recompute(repeat, quick):
+    """The SLM step with --recompute over the one without: memory and time."""
+    keeping = Steps(sizes_of("6x384", quick))
+    other = Steps(sizes_of("6x384", quick))
+    other.model.recompute = True
+    memory = peak_bytes(other.our_slm) / peak_bytes(keeping.our_slm)
+    yield "step_memory_recompute_over_keeping 6x384", [memory]
+    ratios = alternate(other.our_slm, keeping.our_slm, repeat)
+    yield "step_time_recompute_over_keeping 6x384", ratios
 
-    def product():
+
+def loss(repeat, quick):
+    """The loss alone, with the logits kept and computed again, over the plain loss."""
+    layer = Layer(sizes_of("6x384", quick))
+    plain = peak_bytes(layer.plain)
+    for form, ours in [("", layer.ours), ("_recomputing", layer.ours_recomputing)]:
+        yield f"loss_memory{form}_over_plain 6x384", [peak_bytes(ours) / plain]
+        yield f"loss_time{form}_over_plain 6x384", alternate(ours, layer.plain, repeat)
+
+
+def peak(repeat, quick):
+    """Products of our SLM step per second, over the most that matrix products reach here."""
+    sizes = sizes_of("6x384", quick)
+    steps = Steps(sizes)
+    n = 64 if quick else 2048
+    matrix = torch.randn(n, n)
+
+    def products():
         for _ in range(4):
-            a @ a
+            matrix @ matrix
 
-    ratio, low, high = interleaved(f["slm"], product, 7)
-    at_best = operations / (8 * 2048**3)  # time of the step's products at the peak rate
-    yield "fraction_of_peak", (at_best / ratio, at_best / high, at_best / low)
-    with profile() as p:
-        f["slm"]()
-    kinds = {"matrix products": ("mm",), "attention": ("attention",)}
-    kinds |= {"exp, log-sum-exp": ("exp", "logsumexp", "log"), "gather": ("index",)}
-    rest = "norms, SwiGLU, rotary, copies"
-    spent = dict.fromkeys([*kinds, rest], 0.0)
-    for e in p.key_averages():
-        name = e.key.removeprefix("aten::")
-        kind = next((k for k, parts in kinds.items() if any(part in name for part in parts)), rest)
-        spent[kind] += e.self_cpu_time_total
-    for kind, time_spent in spent.items():
-        share = time_spent / sum(spent.values())
-        yield f"share of the SLM step: {kind}", (share, share, share)
+    # Multiplications for one token. Attention is causal: on average it sees half of T positions.
+    inside = sum(p.numel() for p in steps.model.layers.parameters() if p.dim() == 2)
+    attention = 2 * sizes.n_layer * sizes.n_embd * sizes.T / 2
+    head = sizes.V * sizes.n_embd
+    forward = inside + attention + head
+    gradient = 2 * (inside + attention + RATIO * head)
+    multiplications = sizes.B * sizes.T * (forward + gradient)
+    least = multiplications / (4 * n**3)  # the step's least time, in times of `products`
+    ratios = alternate(steps.our_slm, products, repeat)
+    yield "fraction_of_peak 6x384", [least / ratio for ratio in ratios]
 
 
-def compile_ratios():
-    """The demo's step with a compiled trunk over without, once it is warm."""
-    model, x, y = make("demo")
-    trunk, k = torch.compile(model), round(0.6 * y.numel())
-
-    def choose(student_loss):
-        return rho.select_tokens(rho.score_tokens("loss", student_loss), 0.6)
-
-    def step(trunk):
-        hidden = trunk(x).flatten(0, 1)
-        rho.HeadLoss.apply(hidden, model.lm_head.weight, y.flatten(), choose, k)[0].backward()
-        model.zero_grad()
-
-    yield "step_compiled_over_eager demo", interleaved(lambda: step(trunk), lambda: step(model), 15)
-
-
-def score_ratios():
-    """Scoring a batch of 16 windows against the same model's forward over the same batch."""
-    model, x, y = make("6x384")
-    x, y = x.repeat(4, 1), y.repeat(4, 1)
-    run = rho.Run.__new__(rho.Run)  # a processor, float32: no data needed
-    run.device, run.cuda, run.dtype = torch.device("cpu"), False, torch.float32
-    run.precision = contextlib.nullcontext()
-
-    def forward():
-        with torch.no_grad():
-            model.head(model(x))
-
-    ours = lambda: rho.score_batch(run, model, (x, y))  # noqa: E731
-    yield "score_rate_over_forward", interleaved(forward, ours, 7)
+# torch's names of operations, without the underscore of those that work in place.
+KINDS_OF_WORK = {
+    "matrix products": ["mm", "addmm", "bmm", "baddbmm"],
+    "attention": [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ],
+    "exp, log-sum-exp": ["exp", "log", "logsumexp", "logaddexp"],
+    "gather, scatter, top k": [
+        "gather",
+        "scatter_add",
+        "index",
+        "index_put",
+        "_index_put_impl",
+        "index_select",
+        "embedding_dense_backward",
+        "nonzero",
+        "topk",
+        "where",
+    ],
+}
+OTHER_WORK = "norms, SwiGLU, rotary, copies"
 
 
-def generate_ratios():
-    """Rates, ours over the other's: greedy, 64-token prompts, 128 new tokens."""
-    model = make("6x384")[0].eval()
-    prompts = torch.randint(50304, (32, 64)).tolist()
-    cached = lambda: generate(model, prompts, 128)  # noqa: E731
-    uncached = lambda: generate(model, prompts, 128, use_cache=False)  # noqa: E731
-    ratio, low, high = interleaved(cached, uncached, 2)
-    yield "generate_rate_over_uncached", (1 / ratio, 1 / high, 1 / low)
+def kind_of_work(event):
+    """Which of KINDS_OF_WORK an operation of torch belongs to: it, or what it is a part of.
 
-
-def assert_same_words(model, prompts, ours, theirs, stop):
-    """Greedy answers are the same, or part where only rounding tells two tokens apart.
-
-    Untrained weights make such ties, a few in a thousand answers; float64 says how near one is.
+    Names are compared whole: "exp" is in "expand", and "index" in much.
     """
-    exact = copy.deepcopy(model).double()
-    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-        if a != b:
-            same = len(os.path.commonprefix([a, b]))
-            logits = exact.head(exact(torch.tensor([prompt + a[:same]])))[0, -1]
-            said = [logits[words[same : same + 1] or stop].max() for words in (a, b)]
-            assert logits.max() - min(said) < 1e-4, f"not the same tokens: {a}, {b}"
+    while event is not None:
+        name = event.name.removeprefix("aten::").removesuffix("_")
+        for kind, names in KINDS_OF_WORK.items():
+            if name in names:
+                return kind
+        event = event.cpu_parent
+    return OTHER_WORK
 
 
-def transformers_ratios():
-    """The same against transformers' generate on the same weights, which must say the same.
+def shares(repeat, quick):
+    """What our SLM step spends its time on; of one step, whatever `repeat` is."""
+    steps = Steps(sizes_of("6x384", quick))
+    steps.our_slm()
+    with profile() as profiler:
+        steps.our_slm()
+    spent = dict.fromkeys([*KINDS_OF_WORK, OTHER_WORK], 0.0)
+    for event in profiler.events():
+        spent[kind_of_work(event)] += event.self_cpu_time_total
+    for kind, seconds in spent.items():
+        yield f"share of the SLM step 6x384: {kind}", [seconds / sum(spent.values())]
 
-    Where no answer ends, and where answers "that end" leave ours smaller batches.
+
+def score(repeat, quick):
+    """Scoring the corpus, over the same model's forward pass and logits."""
+    scoring = Scoring(sizes_of("6x384", quick))
+    ratios = alternate(scoring.ours, scoring.forward, repeat)
+    yield "score_rate_over_forward 6x384", inverse(ratios)
+
+
+def generate(repeat, quick):
+    """Greedy answers with the cache, over those without."""
+    answers = Generation("6x384", 32, 128, quick)
+    ratios = alternate(answers.ours, answers.uncached, repeat)
+    yield "generate_rate_over_uncached 32 rows 6x384", inverse(ratios)
+
+
+def transformers(shape, new, repeat, quick):
+    """Greedy answers, over transformers' generate on the same weights, which must say the same.
+
+    Where no answer ends, and where answers "that end" leave our batch.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    for shape, new in (("demo", 64), ("6x384", 128)):
-        model = make(shape)[0].eval()
-        with tempfile.TemporaryDirectory() as folder:
-            save_hf(model, folder)
-            theirs = AutoModelForCausalLM.from_pretrained(folder)
-        V = model.config.vocab_size
-        often = list(range(0, V, new // 2))  # two in `new` tokens end an answer
-        for size, stop in itertools.product((32, 128), ([], often)):
-            prompts = torch.randint(V, (size, 64))
-            how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            how |= {"eos_token_id": stop or None, "attention_mask": torch.ones_like(prompts)}
-            said = []
-
-            def ours(prompts=prompts, said=said, model=model, new=new, stop=stop):
-                said.append(generate(model, prompts.tolist(), new, stop))
-
-            def other(prompts=prompts, how=how, said=said, theirs=theirs, stop=frozenset(stop)):
-                rows = theirs.generate(prompts, **how)[:, 64:].tolist()
-                said.append([list(itertools.takewhile(lambda t: t not in stop, r)) for r in rows])
-
-            def products(model=model, new=new, size=size):
-                weights = [p for p in model.parameters() if p.dim() == 2][1:]  # no embedding
-                inputs = [torch.ones(size, weight.shape[1]) for weight in weights]
-                for _ in range(new):
-                    for x, weight in zip(inputs, weights, strict=True):
-                        F.linear(x, weight)
-
-            ratio, low, high = interleaved(ours, other, 5)
-            for words in said[1:]:
-                assert_same_words(model, prompts.tolist(), said[0], words, stop)
-            name = f"{size} rows {shape}" + ", that end" * bool(stop)
-            yield f"generate_rate_over_transformers {name}", (1 / ratio, 1 / high, 1 / low)
-            if not stop:
-                name = f"share of generate: the new tokens' matrix products {name}"
-                with torch.inference_mode():
-                    yield name, interleaved(products, ours, 3)
+    for rows in (32, 128):
+        for often in (False, True):
+            answers = Generation(shape, rows, new, quick, often)
+            answers.load_transformers()
+            ratios = alternate(answers.ours, answers.transformers, repeat)
+            answers.check_same()
+            name = f"{rows} rows {shape}"
+            if often:
+                name += ", that end"
+            yield f"generate_rate_over_transformers {name}", inverse(ratios)
+            if not often:
+                ratios = alternate(answers.matrix_products, answers.ours, repeat)
+                yield f"share of generate: the new tokens' matrix products {name}", ratios
 
 
-def tokenise_ratios():
-    """Rates: prepare_data's stream from text to disk over a bare encode_ordinary_batch."""
-    spec = {"name": "gpt2"}
-    try:
-        encoding = prepare_data.get_tokenizer(spec)
-    except prepare_data.InputError as error:
-        print(f"tokenise: skipped, {error}")
-        return
+def tokenise(repeat, quick):
+    """From text to a file of tokens, over tiktoken's own encoding of a batch."""
+    # gpt2's needs network, or tiktoken's cache of it.
+    encoding = demo_tokenizer() if quick else prepare_data.get_tokenizer({"name": "gpt2"})
+    words = []
+    for path in sorted(HERE.parent.glob("*.py")):
+        words += path.read_text().split()
     rng = random.Random(0)
-    words = [w for path in HERE.parent.glob("*.py") for w in path.read_text().split()]
-    texts = [" ".join(rng.choices(words, k=800)) for _ in range(3000)]
+    n_texts = 20 if quick else 3000
+    texts = [" ".join(rng.choices(words, k=800)) for _ in range(n_texts)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
 
         def ours():
             prepare_data.write_tokens(path, iter(texts), encoding, np.dtype("<u2"))
 
-        def bare():
+        def tiktoken():
             encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
-        ratio, low, high = interleaved(ours, bare, 5)
-    yield "tokenise_rate_over_tiktoken", (1 / ratio, 1 / high, 1 / low)
+        ratios = alternate(ours, tiktoken, repeat)
+    yield "tokenise_rate_over_tiktoken", inverse(ratios)
 
 
-GROWTH = {  # one at a time from the first of each; corpus in tokens
-    "width": (128, 256, 512, 1024),
-    "context": (128, 256, 512, 1024),
-    "vocabulary": (1024, 8192, 50304, 131072),
-    "corpus": (10**6, 10**7, 10**8, 10**9),
+# {group: (its measurement, its arguments, repetitions)}
+GROUPS = {
+    "step demo": (step, ["demo"], 15),
+    "step 6x384": (step, ["6x384"], 7),
+    "step 12x768": (step, ["12x768"], 2),
+    "compile": (compiled, [], 15),
+    "loss": (loss, [], 7),
+    "recompute": (recompute, [], 5),
+    "peak": (peak, [], 7),
+    "shares": (shares, [], 1),
+    "score": (score, [], 7),
+    "generate": (generate, [], 2),
+    "transformers demo": (transformers, ["demo", 64], 5),
+    "transformers 6x384": (transformers, ["6x384", 128], 5),
+    "tokenise": (tokenise, [], 5),
 }
 
 
-def grow(width, context, vocabulary, corpus):
-    """In a process of its own: tokens/s, and peak memory, of --stage slm on synthetic text."""
-    import resource
+# ---- two checkouts side by side ------------------------------------------------------------------
 
-    with tempfile.TemporaryDirectory() as folder:
-        data, out, dtype = Path(folder), Path(folder, "out"), np.dtype("<u4")
-        meta = {"dtype": "uint32", "tokenizer": {"name": "none", "n_vocab": vocabulary}}
-        meta["tokens"] = {"train": corpus, "ref": 2 * context, "val": 2 * context}
-        meta["tokens"]["val_corpus"] = 2 * context
-        for name, n in meta["tokens"].items():
-            with open(data / f"{name}.bin", "wb") as f:
-                f.truncate(n * dtype.itemsize)  # zeros, which take no space
-        meta["files"] = {"train.bin": "zeros"}
-        (data / "meta.json").write_text(json.dumps(meta))
-        shape = {"n_embd": width, "n_inner": 3 * width, "block_size": context, "n_layer": 4}
-        batch = {"batch_size": 2048 // context, "micro_batch": 2048 // context}
-        small = {"questions": 0, "eval_windows": 1, "evals": 1, "ref_tokens": 2048}
-        cfg = rho.Config(data=str(data), out=str(out), tokens=8 * 2048, **shape, **batch, **small)
-        run = rho.Run(cfg)
-        with contextlib.redirect_stdout(io.StringIO()):
-            rho.train_arm(cfg, run, "ref")
-            records = rho.train_arm(cfg, run, "slm")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"tokens_per_s": round(16384 / records[-1]["seconds"]), "gib": peak}))
+AGAINST = {  # contender: repetitions
+    "step_slm demo": 31,
+    "step_clm demo": 31,
+    "step_slm 6x384": 11,
+    "step_clm 6x384": 11,
+    "score 6x384": 11,
+    "generate demo": 11,
+    "generate 6x384": 5,
+}
 
 
-def growth():
-    rows = []
-    for axis, values in GROWTH.items():
-        for value in values:
-            sizes = {k: v[0] for k, v in GROWTH.items()} | {axis: value}
-            command = [sys.executable, __file__, "grow", *map(str, sizes.values())]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append({"axis": axis, **sizes, **json.loads(done.stdout.splitlines()[-1])})
-            print(rows[-1], flush=True)
-    (HERE / "growth.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+class Worker:
+    """A process with the code of one checkout loaded, which runs contenders by name."""
+
+    def __init__(self, folder, quick):
+        command = [sys.executable, str(HERE / "contenders.py")]
+        if quick:
+            command.append("--quick")
+        env = {**os.environ, "BENCH_CODE": str(Path(folder).resolve())}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=env, **pipes)
+
+    def run(self, name):
+        """Run a contender once, and wait for it. While it waits, a worker takes no time."""
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        if self.process.stdout.readline() != "done\n":
+            raise RuntimeError(f"the worker ended at {name}: its error stands above")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def main(wanted):
-    machine = {"cores": torch.get_num_threads(), "torch": str(torch.__version__)}
-    machine["machine"] = platform.machine()
-    groups = {
-        "step demo": lambda: step_ratios("demo", 15),
-        "step 6x384": lambda: step_ratios("6x384", 7),
-        "step 12x768": lambda: step_ratios("12x768", 2),
-        "compile": compile_ratios,
-        "loss": loss_ratios,
-        "peak": peak_ratios,
-        "score": score_ratios,
-        "generate": generate_ratios,
-        "transformers": transformers_ratios,
-        "tokenise": tokenise_ratios,
+def against(folder, quick=False):
+    """Times of this checkout over those of another one, in turn: yields (name, ratios)."""
+    ours = Worker(HERE.parent, quick)
+    other = Worker(folder, quick)
+    try:
+        for name, repeat in AGAINST.items():
+            if quick:
+                repeat = 1
+            yield name, alternate(partial(ours.run, name), partial(other.run, name), repeat)
+    finally:
+        ours.close()
+        other.close()
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def show(name, ratios):
+    median = statistics.median(ratios)
+    print(f"{name:60} {median:6.2f}   [{min(ratios):.2f}, {max(ratios):.2f}]", flush=True)
+
+
+def write_record(path, name, ratios):
+    """One more ratio in bench.jsonl, in the place of an older one of its name."""
+    records = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            records[record["name"]] = record
+    records[name] = {
+        "name": name,
+        "ratio": round(statistics.median(ratios), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "cores": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
     }
+    with prepare_data.whole_file(path) as file:
+        for record in records.values():
+            file.write(f"{json.dumps(record)}\n".encode())
+
+
+def measure(wanted, quick, folder=HERE):
+    """Show the ratios of the groups whose names begin with one of `wanted`, and write them."""
+    groups = [group for group in GROUPS if group.startswith(wanted)]
+    path = folder / "bench.jsonl"
+    if not quick and len(groups) == len(GROUPS):
+        path.unlink(missing_ok=True)  # all anew: no ratio of an older commit stays
+    for group in groups:
+        measurement, arguments, repeat = GROUPS[group]
+        if quick:
+            repeat = 1
+        try:
+            for name, ratios in measurement(*arguments, repeat, quick):
+                show(name, ratios)
+                if not quick:
+                    write_record(path, name, ratios)
+        except (ImportError, prepare_data.InputError) as error:
+            print(f"{group}: skipped, {error}", flush=True)
+
+
+def measure_growth(quick, folder=HERE):
+    lines = []
+    for record in growth.measure(quick):
+        lines.append(json.dumps(record))
+        print(lines[-1], flush=True)
+    if not quick:
+        (folder / "growth.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main(argv=None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=form)
+    names = [*GROUPS, "growth"]
+    help_groups = f"beginnings of: {', '.join(names)} (default: all)"
+    parser.add_argument("groups", nargs="*", help=help_groups)
+    parser.add_argument("--against", metavar="FOLDER", help="time this checkout over that one")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, once; writes nothing")
+    args = parser.parse_args(argv)
+    for group in args.groups:
+        if not any(name.startswith(group) for name in names):
+            parser.exit(2, f"bench.py: {group} is no group. There are: {', '.join(names)}\n")
+    if args.against:
+        if not Path(args.against, "rho.py").exists():
+            parser.exit(2, f"bench.py: --against {args.against}: no rho.py there\n")
+        for name, ratios in against(args.against, args.quick):
+            show(f"{name}: this over {args.against}", ratios)
+        return
+    wanted = tuple(args.groups) or ("",)
+    measure(wanted, args.quick)
     if "growth".startswith(wanted):
-        growth()
-    path = HERE / "bench.jsonl"
-    lines = path.read_text().splitlines() if wanted and path.exists() else []
-    records = {r["name"]: r for r in map(json.loads, lines)}
-    for group, run in groups.items():
-        if group.startswith(wanted):
-            for name, (median, low, high) in run():
-                print(f"{name:40} {median:6.2f}   [{low:.2f}, {high:.2f}]", flush=True)
-                ratio = {"ratio": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
-                records[name] = {"name": name, **ratio, **machine}
-                path.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
+        measure_growth(args.quick)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["grow"]:
-        grow(*map(int, sys.argv[2:]))
-    else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "")
+    main()

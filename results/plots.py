@@ -20,7 +20,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import token_plots  # noqa: E402
 import tokens_page  # noqa: E402
 from drawing import LINES, SEEN, End, finish, label_ends, new_figure  # noqa: E402
-from experiments import DIRT, MAIN_RUNS, REFERENCES, RUNS, SEEDS, TITLES, Style  # noqa: E402
+from experiments import (  # noqa: E402  # noqa: E402
+    CLM_RUN,
+    DIRT,
+    MAIN_RUNS,
+    REFERENCES,
+    RUNS,
+    SEEDS,
+    SLM_RUN,
+    TITLES,
+    Style,
+    dirt_runs,
+)
 from logs import deviation, published, read_log, read_losses, read_runs, value  # noqa: E402
 
 from prepare_data import InputError  # noqa: E402
@@ -186,34 +197,19 @@ def sweep_ratio(ax):
         places = [100 * ratio for ratio in ratios]
         runs = [f"{name}-{ratio}" for ratio in ratios]
         places.append(100)
-        runs.append("ratio-1.0")
+        runs.append(CLM_RUN)
         ends.append(draw_points(ax, places, runs, arm, marker))
     ax.set(title="how much is kept", xlabel="tokens kept, % (100: CLM)")
     return ends
-
-
-def is_demo(wrong, dirty):
-    return (wrong, dirty) == (0.75, 1)
-
-
-def target_share(wrong, dirty):
-    """Share of target text among the tokens of one of the corpora of DIRT."""
-    shares = json.loads((HERE / "runs" / "shares.json").read_text())
-    if is_demo(wrong, dirty):
-        return shares["demo"]
-    return shares[f"w{wrong}-d{dirty}"]
 
 
 def draw_dirt(ax, places, corpora):
     """CLM's and SLM's accuracy on corpora of DIRT; returns the ends."""
     clm, slm = [], []
     for wrong, dirty in corpora:
-        if is_demo(wrong, dirty):
-            clm.append("ratio-1.0")
-            slm.append("ratio-0.5")
-        else:
-            clm.append(f"w{wrong}-d{dirty}-clm")
-            slm.append(f"w{wrong}-d{dirty}-slm")
+        _, clm_run, slm_run = dirt_runs(wrong, dirty)
+        clm.append(clm_run)
+        slm.append(slm_run)
     return [draw_points(ax, places, clm, "clm", "s"), draw_points(ax, places, slm, "slm", "o")]
 
 
@@ -226,21 +222,24 @@ def sweep_wrong(ax):
 
 def sweep_dirt(ax):
     corpora = [(wrong, dirty) for wrong, dirty in DIRT if wrong == 0.75]
-    shares = [target_share(*corpus) for corpus in corpora]
-    places = [100 * (1 - share) for share in shares]
+    shares = json.loads((HERE / "runs" / "shares.json").read_text())
+    places = []
+    for wrong, dirty in corpora:
+        data, _, _ = dirt_runs(wrong, dirty)
+        places.append(100 - 100 * shares[data])
     ax.set(title="how much dirt there is", xlabel="not target text, % of tokens (75 % wrong)")
     return draw_dirt(ax, places, corpora)
 
 
 def sweep_reference(ax):
     """The student against its reference; CLM, which has none, is a line across."""
-    pairs = [("ref", "ratio-0.5")]
+    pairs = [("ref", SLM_RUN)]
     pairs += [(f"ref-{name}", f"slm-ref-{name}") for name in REFERENCES]
     accuracy = {slm: statistics.mean(right_answers(ref)) for ref, slm in pairs}
     students = sorted(accuracy, key=accuracy.get)
     places = [accuracy[slm] for slm in students]
     slm = draw_points(ax, places, students, "slm", "o")
-    clm = statistics.mean(right_answers("ratio-1.0"))
+    clm = statistics.mean(right_answers(CLM_RUN))
     _, color, line = RUNS["clm"]
     ax.axhline(clm, color=color, ls=line, lw=1.6, label="clm")
     ax.set(title="how good the reference is", xlabel="questions that the reference has right, %")
