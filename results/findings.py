@@ -346,6 +346,9 @@ HEADLINE_RATIOS = {
     "step_slm_over_online_ref": "step_slm_over_online_ref 6x384",
     "step_clm_over_plain": "step_clm_over_plain 6x384",
     "loss_memory_over_plain": "loss_memory_over_plain 6x384",
+    "score_rate_over_forward": "score_rate_over_forward 6x384",
+    "fraction_of_peak": "fraction_of_peak 6x384",
+    "generate_rate_over_uncached": "generate_rate_over_uncached 32 rows 6x384",
     "generate_rate_over_transformers": "generate_rate_over_transformers 32 rows 6x384",
 }
 
