@@ -215,7 +215,8 @@ def transformers(shape, new, repeat, quick):
 
     Where no answer ends, and where answers "that end" leave our batch.
     """
-    for rows in (32, 128):
+    batches = [32] if quick else [32, 128]
+    for rows in batches:
         for often in (False, True):
             answers = Generation(shape, rows, new, quick, often)
             answers.load_transformers()
@@ -240,11 +241,12 @@ def tokenise(repeat, quick):
     rng = random.Random(0)
     n_texts = 20 if quick else 3000
     texts = [" ".join(rng.choices(words, k=800)) for _ in range(n_texts)]
+    documents = [prepare_data.Document(text) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
 
         def ours():
-            prepare_data.write_tokens(path, iter(texts), encoding, np.dtype("<u2"))
+            prepare_data.write_tokens(path, iter(documents), encoding, np.dtype("<u2"))
 
         def tiktoken():
             encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())

@@ -48,7 +48,7 @@ def write_data(folder, sizes):
     for split, n in tokens.items():
         files[f"{split}.bin"] = write_zeros(folder / f"{split}.bin", n * dtype.itemsize)
     meta = {
-        "tokenizer": {"name": "none", "n_vocab": sizes["vocabulary"]},
+        "tokenizer": {"name": "none", "n_vocab": sizes["vocabulary"], "eot": 0},
         "dtype": dtype.name,
         "tokens": tokens,
         "files": files,
@@ -97,7 +97,7 @@ def measure(quick=False):
             with tempfile.TemporaryDirectory() as folder:
                 write_data(Path(folder), sizes)
                 command = [sys.executable, __file__, folder, json.dumps(sizes)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             *_, last_line = done.stdout.splitlines()
             yield {"axis": axis, **sizes, **json.loads(last_line)}
         if quick:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import token_plots  # noqa: E402
 import tokens_page  # noqa: E402
 from drawing import LINES, SEEN, End, finish, label_ends, new_figure  # noqa: E402
-from experiments import (  # noqa: E402  # noqa: E402
+from experiments import (  # noqa: E402
     CLM_RUN,
     DIRT,
     MAIN_RUNS,
