@@ -25,12 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from prepare_data import InputError, get_tokenizer, whole_file
-
-try:
-    from prepare_data import tokenizer_spec
-except ImportError:
-    tokenizer_spec = None
+from prepare_data import InputError, get_tokenizer, prompt_start, tokenizer_spec, whole_file
 
 
 class ModelError(InputError):
@@ -476,7 +471,7 @@ def load_model(path, device="cpu", block_size=None):
         model = load_hf(path, block_size).to(device)
         if not Path(path, "tokenizer.json").exists():
             return model, {}
-        return model, {"tokenizer": tokenizer_spec(path)}
+        return model, {"tokenizer": tokenizer_spec(Path(path, "tokenizer.json"))}
     checkpoint = load_checkpoint(path)
     try:
         config = GPTConfig(**checkpoint["model_config"])
@@ -716,10 +711,7 @@ def save_hf(model, folder, tokenizer=None):
 
     special = {}
     if tokenizer is not None:
-        encoding = get_tokenizer(tokenizer)
-        special["bos_token_id"] = getattr(encoding, "bos_token", encoding.eot_token)
-        special["eos_token_id"] = getattr(encoding, "eos_token", encoding.eot_token)
-        save_tokenizer(tokenizer, folder, special, model.config.block_size)
+        special = save_tokenizer(tokenizer, folder, model.config.block_size)
     weights = {}
     for name, p in model.named_parameters():  # a tied head comes once, as the embedding
         key = name if name.startswith("lm_head") else f"model.{name}"
@@ -751,34 +743,36 @@ def config_to_hf(config):
     }
 
 
-def save_tokenizer(spec, folder, special, block_size):
-    """tokenizer.json and tokenizer_config.json, for AutoTokenizer."""
+def save_tokenizer(spec, folder, block_size):
+    """tokenizer.json and tokenizer_config.json, for AutoTokenizer; returns their special ids."""
     _, tokenizers = hf_packages()
-    settings = {}
-    if "file" in spec:  # it came from a tokenizer.json
-        source = Path(spec["file"])
-        beside = source.with_name("tokenizer_config.json")
-        if beside.exists():
-            settings = read_json(beside)
-        tokenizer = tokenizers.Tokenizer.from_file(str(source))
-        content = source.read_bytes()
-    else:
-        tokenizer = tokenizer_of(get_tokenizer(spec))
-        content = tokenizer.to_str(pretty=True).encode()
-        # The text of a special token inside a document stays text, as where the data were made.
-        settings["split_special_tokens"] = True
-    if not settings.get("tokenizer_class"):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["bos_token"] = tokenizer.id_to_token(special["bos_token_id"])
-        settings["eos_token"] = tokenizer.id_to_token(special["eos_token_id"])
-    settings["model_max_length"] = block_size
+    encoding = get_tokenizer(spec)
+    # Of a tokenizer.json, the package's own tokenizer.
+    tokenizer = encoding.tokenizer if "file" in spec else tokenizer_of(encoding)
+    bos = prompt_start(encoding)[-1]
+    eos = encoding.eot_token if encoding.eos_token is None else encoding.eos_token
+    front = tokenizer.id_to_token(bos)
+    # The student has read this token in front of every document, so each text gets it.
+    if tokenizer.encode("").ids != [bos]:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{front} $A", pair=f"{front} $A $B", special_tokens=[(front, bos)]
+        )
     with whole_file(folder / "tokenizer.json") as file:
-        file.write(content)
+        file.write(tokenizer.to_str(pretty=True).encode())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": front,
+        "eos_token": tokenizer.id_to_token(eos),
+        "model_max_length": block_size,
+        # The text of a special token inside a document stays text, as where the data were made.
+        "split_special_tokens": True,
+    }
     write_json(folder / "tokenizer_config.json", settings)
+    return {"bos_token_id": bos, "eos_token_id": eos}
 
 
 def tokenizer_of(encoding):
-    """A tiktoken.Encoding as a tokenizers.Tokenizer that puts the end-of-text in front."""
+    """A tiktoken.Encoding as a tokenizers.Tokenizer."""
     _, tokenizers = hf_packages()
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = byte_letters(byte_level.alphabet())
@@ -805,12 +799,6 @@ def tokenizer_of(encoding):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(encoding._special_tokens))
-    eot = tokenizer.id_to_token(encoding.eot_token)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{eot} $A",
-        pair=f"{eot} $A $B",
-        special_tokens=[(eot, encoding.eot_token)],
-    )
     return tokenizer
 
 
