@@ -42,9 +42,10 @@ from logs import (
     sources,
     spread,
     times_fewer,
-    tokens_to_reach,
     value,
 )
+
+from rho import table_notes
 
 # ---- phrases -------------------------------------------------------------------------------------
 
@@ -86,37 +87,13 @@ def mean_end(run, key, part):
     return statistics.mean(ends(run, key, part))
 
 
-# ---- one set of runs -----------------------------------------------------------------------------
-
-
-def run_sentences(runs):
-    """What the reader of one set of runs, {run: records}, wants to know."""
-    sentences = []
-    if "slm" in runs and "clm" in runs:
-        for key, name in (("right", "accuracy"), ("val_loss", "held-out loss")):
-            end = runs["clm"][-1]
-            if key not in end:
-                continue
-            tokens = tokens_to_reach(runs["slm"], end, key)
-            if tokens is None:
-                sentences.append(f"SLM does not get to CLM's final {name} and stay there.")
-            else:
-                times = f"{end['tokens'] / tokens:.1f} times fewer"
-                sentences.append(
-                    f"SLM is past CLM's final {name} from {tokens:,} tokens on: {times}."
-                )
-        lengths = {records[-1]["tokens"] for run, records in runs.items() if run != "ref"}
-        if len(lengths) > 1:
-            sentences.append("* Of another length than CLM: not to be compared at the end.")
-    return sentences
+# ---- the demo's data -----------------------------------------------------------------------------
 
 
 def demo(folder):
     runs = read_runs(folder / "demo")
-    return [*run_sentences(runs), machine(runs)]
-
-
-# ---- the demo's data -----------------------------------------------------------------------------
+    yield "; ".join(table_notes(runs)) + "."
+    yield machine(runs)
 
 
 def main(folder):

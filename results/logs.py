@@ -19,7 +19,9 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, RUNS, SLM_RUN  # noqa: E402
+from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, SLM_RUN  # noqa: E402
+
+from rho import read_log, read_runs, tokens_to_reach, took, value  # noqa: E402, F401
 
 # The kinds of token that prepare_data.py writes down, and one that read_losses adds.
 SLIP = 6
@@ -40,52 +42,6 @@ T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2
 
 
 # ---- reading -------------------------------------------------------------------------------------
-# The next four stand in rho.py once it is rewritten; they are to be imported from there.
-
-
-def read_log(path):
-    """The records of a log: the header says what was run, the others what came of it."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def read_runs(folder):
-    """{run: records} of every run's log in a folder: the known arms first, then by name."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        records = read_log(path)
-        if len(records) > 1 and "config" in records[0]:
-            found[path.stem] = records
-    known = [run for run in RUNS if run in found]
-    others = [run for run in found if run not in RUNS]
-    return {run: found[run] for run in known + others}
-
-
-def value(record, key):
-    """What an evaluation found: `right` in percent of the questions, losses in nats."""
-    if key == "right":
-        return 100 * record["right"] / record["questions"]
-    return record[key]
-
-
-def tokens_to_reach(records, goal_record, key):
-    """Tokens seen at the first evaluation from which on every one is at or past the goal.
-
-    None where the last evaluation is short of the goal. Passing must hold to the end: an untrained
-    model can guess a few answers right, and that is no result.
-    """
-    reached = None
-    for record in reversed(records[1:]):
-        if not at_or_past(record, goal_record, key):
-            break
-        reached = record["tokens"]
-    return reached
-
-
-def at_or_past(record, goal_record, key):
-    """More answers are better (as a share: the numbers asked may differ), less loss is better."""
-    if key == "right":
-        return value(record, key) >= value(goal_record, key)
-    return value(record, key) <= value(goal_record, key)
 
 
 def published(run, part="runs"):
@@ -212,9 +168,8 @@ def tokens_between(records, goal_record, key):
         return reached
     after = records[seen.index(reached)]
     before = records[seen.index(reached) - 1]
-    goal, high = value(goal_record, key), value(after, key)
-    low = value(before, key)
-    share = (goal - low) / (high - low)
+    start = value(before, key)
+    share = (value(goal_record, key) - start) / (value(after, key) - start)
     return before["tokens"] + share * (after["tokens"] - before["tokens"])
 
 
@@ -285,11 +240,7 @@ def fisher_p(right_a, asked_a, right_b, asked_b):
 
 def seconds(runs):
     """Of training and of answering, over all runs of {run: records}."""
-    total = 0.0
-    for records in runs.values():
-        total += records[-1]["seconds"]
-        total += sum(record["eval_seconds"] for record in records[1:])
-    return total
+    return sum(took(records) for records in runs.values())
 
 
 # ---- the losses of single tokens -----------------------------------------------------------------

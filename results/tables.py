@@ -36,7 +36,7 @@ from experiments import (  # noqa: E402
     dirt_runs,
     logs_made,
 )
-from findings import FINDINGS, run_sentences, summary  # noqa: E402
+from findings import FINDINGS, summary  # noqa: E402
 from logs import (  # noqa: E402
     CLASSES,
     KINDS,
@@ -58,31 +58,12 @@ from logs import (  # noqa: E402
 
 from eval_math import wilson_interval  # noqa: E402
 from prepare_data import InputError  # noqa: E402
-
-# ---- one set of runs -----------------------------------------------------------------------------
-
-
-def runs_table(runs):
-    """The table of one set of runs, {run: records}; * marks another length than CLM's."""
-    asked = any("right" in records[-1] for records in runs.values())
-    header = ["arm", "tokens seen", "trained on", "target loss", "corpus loss"]
-    if asked:
-        header.append("answers right")
-    yield [*header, "seconds"]
-    for run, records in runs.items():
-        last = records[-1]
-        seen = f"{last['tokens']:,}"
-        if run != "ref" and "clm" in runs and last["tokens"] != runs["clm"][-1]["tokens"]:
-            seen += " *"
-        row = [RUNS[run].label if run in RUNS else run, seen, f"{last['trained']:,}"]
-        row += [f"{last['val_loss']:.3f}", f"{last['val_corpus_loss']:.3f}"]
-        if asked:
-            row.append(f"{last['right']} of {last['questions']}" if "right" in last else "")
-        yield [*row, f"{last['seconds']:.0f}"]
+from rho import show_table, table_rows  # noqa: E402
 
 
 def demo_table(folder):
-    return runs_table(read_runs(folder / "demo"))
+    """What `make demo` prints at its end."""
+    return table_rows(read_runs(folder / "demo"))
 
 
 # ---- the demo's data -----------------------------------------------------------------------------
@@ -374,24 +355,11 @@ def fill(text, folder=HERE):
     return re.sub(r"<!-- (\S+) -->\n.*?\n<!-- /\1 -->", section, text, flags=re.S)
 
 
-def aligned(rows):
-    rows = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        lines.append("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
-    return "\n".join(lines)
-
-
 def show(folder):
     """The tables of one set of runs, on the screen."""
-    runs = read_runs(folder)
-    if not runs:
-        raise InputError(f"{folder}: no logs of runs. Run: python rho.py")
-    print(aligned(runs_table(runs)))
-    print("\n".join(run_sentences(runs)))
+    show_table(folder)
     if (folder / "dynamics-slm.jsonl").exists():
-        print(aligned(dynamics_rows(read_losses(folder))))
+        print(markdown(dynamics_rows(read_losses(folder))))
 
 
 def main(argv=None):
