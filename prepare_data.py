@@ -25,7 +25,6 @@ import heapq
 import io
 import json
 import lzma
-import math
 import os
 import random
 import re
@@ -38,7 +37,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from operator import attrgetter
 from pathlib import Path
 
@@ -59,7 +58,9 @@ MAGIC = {  # how a file begins that is not plain text
     b"PK\x03\x04": "zip",
     b"version https://git-lfs": "git-LFS",
 }
-PIECE = 1 << 16  # characters: a document of a .txt, and a step in reading
+CARDS = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")  # about a set
+PIECE = 1 << 16  # characters: a document of a .txt
+STEP = 1 << 12  # characters: a step in reading
 BATCH = 1 << 21  # characters that are in memory at a time, if no document is longer
 LANES = 64  # files of one source that are open at a time
 VAL_CORPUS = 200  # documents of the corpus that are held out, at most
@@ -112,10 +113,7 @@ def whole_file(path):
 
 
 class Encoding(tiktoken.Encoding):
-    """tiktoken's, but an id that stands for nothing is passed over by decode."""
-
-    bos_token = None
-    eos_token = None
+    """tiktoken's, but decode passes over an id that stands for nothing."""
 
     def encode_to_array(self, text):
         return self.encode_to_numpy(text, disallowed_special=())
@@ -131,30 +129,29 @@ class Encoding(tiktoken.Encoding):
 
 
 class FileTokenizer:
-    """A tokenizer.json, through the package `tokenizers`, with tiktoken's methods.
+    """A tokenizer.json, read by the package `tokenizers`, with tiktoken's methods.
 
-    It normalizes and cuts as the file says, but adds no token of its own: where a document begins
-    is said by document_start. The text of a special token inside a document stays text.
+    It normalizes and cuts as the file says, but adds no token of its own: document_start says
+    how a document begins. The text of a special token inside a document stays text.
     """
 
     def __init__(self, spec):
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise InputError('--tokenizer: a tokenizer.json needs pip install "rho[hf]"') from error
-        path = Path(spec["folder"], spec["file"])
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != spec.get("sha256", hashlib.sha256(data).hexdigest()):
-            raise InputError(f"{path} is not the tokenizer that the data was made with (sha256)")
+            remedy = 'pip install "rho[hf]", or pip install tokenizers'
+            raise InputError(f"--tokenizer {spec['file']}: needs {remedy}") from error
+        if file_digest(spec["file"]) != spec["sha256"]:
+            raise InputError(f"{spec['file']} has changed since it was used (sha256). {REMEDY}")
         try:
-            self.tokenizer = Tokenizer.from_buffer(data)
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(f"{path} is no tokenizer.json: {error}") from error
+            self.tokenizer = Tokenizer.from_file(spec["file"])
+        except Exception as error:  # the package raises nothing more precise
+            raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
         self.tokenizer.encode_special_tokens = True  # as the text that they are
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
-        self.n_vocab = max(ids, default=-1) + 1  # ids may leave holes
+        self.vocabulary = self.tokenizer.get_vocab()
+        self.n_vocab = max(self.vocabulary.values(), default=-1) + 1  # ids may leave holes
         self.eot_token = spec.get("eot")
         self.bos_token = spec.get("bos")
         self.eos_token = spec.get("eos")
@@ -172,63 +169,44 @@ class FileTokenizer:
 
 
 def special_tokens(folder, vocabulary):
-    """{"eot", "bos", "eos"} -> ids, as the files beside a tokenizer.json and its names say."""
-    named = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+    """{"eot", "bos", "eos"} -> ids: as the files beside a tokenizer.json say, else by name."""
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    for file in BESIDE:
         if Path(folder, file).exists():
             named.update(json.loads(Path(folder, file).read_text(encoding="utf-8")))
     found = {}
-    usual = {"bos": ("<s>", "<|begin_of_text|>", "<bos>"), "eos": ("</s>", "<eos>")}
-    for key, names in usual.items():
-        token = named.get(f"{key}_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        candidates = [token] if named else names
-        found[key] = next((vocabulary[name] for name in candidates if name in vocabulary), None)
-    # What separates documents is not always the end of an answer: an instruct model ends a turn
-    # with <|im_end|> or <|eot_id|>, but was trained on documents with the token before it.
+    for key in ("bos", "eos"):
+        token = named[f"{key}_token"]
+        found[key] = vocabulary.get(token["content"] if isinstance(token, dict) else token)
+    # The separator of documents is not always eos: an instruct model's ends a turn (<|im_end|>).
     separators = [vocabulary.get("<|endoftext|>"), vocabulary.get("<|end_of_text|>")]
     separators += [found["eos"], found["bos"]]
-    found["eot"] = next((token for token in separators if token is not None), None)
-    return found
+    known = [token for token in separators if token is not None]
+    return {**found, "eot": known[0]}
 
 
 def tokenizer_spec(name):
-    """--tokenizer -> what meta.json says of it: a name, ranks, or a tokenizer.json with sha256."""
+    """--tokenizer -> what meta.json says of it: a name, ranks, or a tokenizer.json's sha256."""
     path = Path(name).expanduser()
-    if name in tiktoken.list_encoding_names():
-        spec = {"name": name}
-    elif path.name == "meta.json" or (path / "meta.json").exists():
-        spec = read_meta(path.parent if path.name == "meta.json" else path)["tokenizer"]
-    elif path.suffix == ".json" or path.is_dir():
-        spec = file_spec(path / "tokenizer.json" if path.is_dir() else path)
-    else:
-        spec = {"name": name}
-    encoding = get_tokenizer(spec)
-    if "file" not in spec:
-        spec = {**spec, "n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
-    return spec
-
-
-def file_spec(path):
-    """The spec of a tokenizer.json. InputError if there is none, or no token to end a document."""
+    if path.name == "meta.json":
+        return read_meta(path.parent)["tokenizer"]
+    if str(name) in tiktoken.list_encoding_names() or not (path.is_dir() or path.suffix):
+        encoding = get_tokenizer({"name": str(name)})
+        return {"name": str(name), "n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
+    if path.is_dir():
+        path = path / "tokenizer.json"
     if not path.exists():
-        remedy = (
-            f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(...) writes it"
-        )
-        raise InputError(f"--tokenizer: there is no {path}; transformers' {remedy}")
-    spec = {"name": path.resolve().parent.name, "folder": str(path.resolve().parent)}
-    spec["file"] = path.name
-    spec["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        raise InputError(f"--tokenizer: {path} is missing; {remedy} writes it")
+    path = path.resolve()
+    spec = {"name": path.parent.name, "file": str(path), "sha256": file_digest(path)}
     tokenizer = FileTokenizer(spec)
-    spec["n_vocab"] = tokenizer.n_vocab
     try:
-        spec.update(special_tokens(path.parent, tokenizer.tokenizer.get_vocab()))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path.parent}: tokenizer_config.json is damaged: {error}") from error
-    if spec["eot"] is None:
-        raise InputError(f"{path} has no end-of-text token; tokenizer_config.json may name one")
-    return spec
+        special = special_tokens(path.parent, tokenizer.vocabulary)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        why = f"no end-of-text token, or {' and '.join(BESIDE)} are damaged: {error!r}"
+        raise InputError(f"--tokenizer {path}: {why}") from error
+    return {**spec, "n_vocab": tokenizer.n_vocab, **special}
 
 
 def get_tokenizer(spec):
@@ -236,28 +214,29 @@ def get_tokenizer(spec):
     try:
         if "file" in spec:
             return FileTokenizer(spec)
+        name = spec["name"]
         if "ranks" in spec:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             special = {"<|endoftext|>": spec["eot"]}
             pattern = spec["pat_str"]
-        elif spec["name"] not in tiktoken.list_encoding_names():
-            known = ", ".join(tiktoken.list_encoding_names())
-            raise InputError(f"--tokenizer {spec['name']}: no such folder, and not one of {known}")
+        elif name in tiktoken.list_encoding_names():
+            known = tiktoken.get_encoding(name)
+            ranks = known._mergeable_ranks  # so tiktoken's README extends an encoding
+            special = known._special_tokens
+            pattern = known._pat_str
         else:
-            encoding = tiktoken.get_encoding(spec["name"])
-            ranks = encoding._mergeable_ranks  # as tiktoken's README extends an encoding
-            special = encoding._special_tokens
-            pattern = encoding._pat_str
-        return Encoding(
-            spec["name"], pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
+            names = ", ".join(tiktoken.list_encoding_names())
+            raise InputError(f"--tokenizer {name}: not a file or folder, nor one of {names}")
+        return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     except InputError:
         raise
     except OSError as error:
-        why = "cannot be read or downloaded; without a network set TIKTOKEN_CACHE_DIR to its cache"
+        why = (
+            "cannot be downloaded; without a network set TIKTOKEN_CACHE_DIR to a folder that has it"
+        )
         raise InputError(f"--tokenizer {spec.get('name')}: {why} ({error})") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
 
 
 def document_start(encoding):
@@ -284,14 +263,14 @@ def stop_tokens(encoding):
 
 @dataclass
 class Source:
-    """One PATH or one set on the hub, and what was counted while it was read."""
+    """One PATH, or one set on the hub, and what was counted while it was read."""
 
     role: str
     name: str
     fields: str = "text"
     weight: float = 1.0
-    split: str = ""  # of a set on the hub
-    files: list = field(default_factory=list)  # otherwise
+    split: str = ""  # of a set on the hub; otherwise there are files
+    files: list = field(default_factory=list)
     size: int = 0  # bytes on disk
     used: float = 0.0  # bytes of them that have been read
     counts: Counter = field(default_factory=Counter)
@@ -299,20 +278,16 @@ class Source:
 
     def report(self):
         """What meta.json says of it."""
-        told = {"role": self.role, "name": self.name, "fields": self.fields, "weight": self.weight}
-        told["files"] = [str(path) for path in self.files]
-        for key in COUNTED:
-            told[key] = self.counts[key]
-        return {**told, "sha256": self.digest.hexdigest()}
-
-    def line(self):
-        """The closing line."""
-        counts = [f"{self.counts[key]:,} {key}" for key in COUNTED]
-        return f"{self.role} {self.name}: {', '.join(counts)}"
+        files = [str(path) for path in self.files]
+        about = {"role": self.role, "name": self.name, "fields": self.fields, "files": files}
+        counts = {key: self.counts[key] for key in COUNTED}
+        return {**about, "weight": self.weight, **counts, "sha256": self.digest.hexdigest()}
 
 
+# skipped, empty and contaminated documents are dropped, and copies of held-out ones (duplicates).
+# replaced: characters that were no UTF-8. hidden, ignored: files of a folder that are passed over.
 COUNTED = ("rows", "documents", "tokens", "skipped", "empty", "contaminated", "duplicates")
-COUNTED += ("replaced", "hidden", "ignored")  # characters that are no UTF-8; files passed over
+COUNTED += ("replaced", "hidden", "ignored")
 
 
 def split_argument(argument, fields):
@@ -320,49 +295,51 @@ def split_argument(argument, fields):
 
     Names may have colons (C:/a.jsonl, a::b.jsonl): what exists under its whole name is that.
     """
-    path = argument
+    path = os.path.expanduser(argument)
     weight = 1.0
-    if not os.path.exists(os.path.expanduser(path)):
-        head, _, tail = path.rpartition(":")
-        if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", tail) and head:
+    if not os.path.exists(path):
+        head, colon, tail = path.rpartition(":")
+        if colon and re.fullmatch(r"-?[0-9.]+|nan|inf", tail):
             path = head
-            weight = float(tail) if tail.count(".") < 2 else 0.0
-    if not os.path.exists(os.path.expanduser(path)):
-        head, colons, tail = path.rpartition("::")
-        if colons:
-            path = head
-            fields = tail
-    if not 0 < weight < math.inf:
-        raise InputError(f"{argument}: a weight must be a number above 0")
-    return Path(path).expanduser(), fields, weight
+            weight = float(tail)
+    if not os.path.exists(path) and "::" in path:
+        path, _, fields = path.rpartition("::")
+    if not 0 < weight < 1e9:
+        raise InputError(f"{argument}: a weight is a number above 0")
+    if fields and (len(fields.split(",")) > 3 or "" in fields.split(",")):
+        forms = "FIELD, QUESTION,ANSWER or INSTRUCTION,INPUT,OUTPUT"
+        raise InputError(f"{argument}: fields are {forms}, not {fields}")
+    return Path(path), fields, weight
 
 
 def ending(path):
     """(".jsonl", ".gz") of a/b.JSONL.gz: how it is read, and how it is packed."""
-    suffixes = ["", "", *path.name.lower().split(".")[1:]]
-    packed = f".{suffixes[-1]}"
-    if packed in PACKED:
-        return f".{suffixes[-2]}", packed
-    return packed, ""
+    name = Path(path.name.lower())
+    if name.suffix in PACKED:
+        return Path(name.stem).suffix, name.suffix
+    return name.suffix, ""
+
+
+def readable(path):
+    kind, packed = ending(path)
+    return kind in TEXT_ENDINGS or (kind in TABLE_ENDINGS and not packed)
 
 
 def find_files(path, counts):
-    """The files of a PATH that can be read, sorted. Hidden ones and others are counted."""
+    """The files of a PATH that can be read, sorted. The others in a folder are counted."""
     if not path.is_dir():
-        return [path] if path.exists() else []
+        return [path] if path.exists() and readable(path) else []
     found = []
     for folder, folders, names in os.walk(path):
-        visible = [name for name in folders if not name.startswith(".")]
-        counts["hidden"] += len(folders) - len(visible)
-        folders[:] = visible  # os.walk goes into these alone
-        for name in names:
-            kind, packed = ending(Path(name))
+        for name in [*folders, *names]:
+            file = Path(folder, name)
             if name.startswith("."):
                 counts["hidden"] += 1
-            elif kind in TEXT_ENDINGS or (kind in TABLE_ENDINGS and not packed):
-                found.append(Path(folder, name))
-            else:
+            elif name in names and readable(file) and name.lower() not in CARDS:
+                found.append(file)
+            elif name in names:
                 counts["ignored"] += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]  # where to go on
     return sorted(found)
 
 
@@ -377,36 +354,32 @@ def find_sources(args):
     for role in ("reference", "corpus", "val", "questions", "sft", "files"):
         seen = {}
         for argument in getattr(args, role):
-            fields = "" if role in ("questions", "sft") else args.field
-            path, fields, weight = split_argument(argument, fields)
+            usual = "" if role in ("questions", "sft") else args.field
+            path, fields, weight = split_argument(argument, usual)
             source = Source(role, str(path), fields, weight)
             source.files = find_files(path, source.counts)
+            if not source.files:
+                why = "no text there" if path.exists() else "not found"
+                known = " ".join([*TEXT_ENDINGS, *TABLE_ENDINGS, *PACKED])
+                raise InputError(f"--{role} {path}: {why}. Endings that are read: {known}")
             source.size = sum(os.path.getsize(file) for file in source.files)
-            check_paths(source, seen, args.out)
+            check_files_once(source, seen, args.out)
             sources.append(source)
     return sources
 
 
-def check_paths(source, seen, out):
-    """InputError for a path without text, for one file twice, and for a file of --out."""
-    flag = f"--{source.role} {source.name}"
-    known = " ".join(TEXT_ENDINGS + TABLE_ENDINGS)
-    if not source.files:
-        what = "holds no file" if os.path.isdir(source.name) else "no such file or folder"
-        raise InputError(f"{flag}: {what}; known endings: {known}, packed as {' '.join(PACKED)}")
+def check_files_once(source, seen, out):
+    """InputError for a file that comes twice, packed or not, and for one that --out overwrites."""
     for file in source.files:
-        kind, packed = ending(file)
-        if kind not in TEXT_ENDINGS and (packed or kind not in TABLE_ENDINGS):
-            raise InputError(
-                f"{flag}: unknown ending; known: {known}, packed as {' '.join(PACKED)}"
-            )
         real = os.path.realpath(file)
-        text = real.removesuffix(real[len(real) - len(packed) :]) if packed else real
-        if text in seen:
-            raise InputError(f"{flag}: {file} is the same text as {seen[text]}: leave one out")
-        seen[text] = file
+        packed = ending(file)[1]
+        unpacked = real[: len(real) - len(packed)]
+        where = f"--{source.role} {source.name}: {file}"
+        if unpacked in seen:
+            raise InputError(f"{where} is the same text as {seen[unpacked]}: leave one out")
+        seen[unpacked] = file
         if os.path.dirname(real) == os.path.realpath(out) and file.name in WRITTEN:
-            raise InputError(f"{flag}: {file} would be overwritten: choose another --out")
+            raise InputError(f"{where} would be overwritten: choose another --out")
 
 
 # ---- Reading: a file -> rows -> documents ----
@@ -423,24 +396,6 @@ class Document:
     continued: bool = False  # a later part of a long one
 
 
-class SlowFile(io.FileIO):
-    """Read in small steps, so that tell() says how much of the text has been used so far."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.size = max(1, os.path.getsize(path))
-        self.step = min(PIECE, 1 + self.size // 64)
-
-    def used(self):
-        return self.tell() / self.size
-
-    def read(self, size=-1):
-        return super().read(self.step if size < 0 else min(size, self.step))
-
-    def readinto(self, buffer):
-        return super().readinto(memoryview(buffer)[: self.step])
-
-
 def check_beginning(path):
     """InputError if the first bytes are those of another kind of file than the name says."""
     kind, packed = ending(path)
@@ -453,21 +408,57 @@ def check_beginning(path):
             raise InputError(f"{path} is a {name} file under another name: {remedy}")
 
 
-def open_text(raw, packed, newline=None):
-    """A text file from its bytes, unpacked. An archive that is cut short raises while it is read."""
+class TextFile:
+    """A text file, unpacked, by lines or in steps of 4 kB; `used` is the share of it so far."""
+
+    def __init__(self, path):
+        self.path = path
+        self.used = 0.0
+
+    def read(self, newline=None, by_line=True):
+        size = os.path.getsize(self.path)
+        end = 0.0
+        packed = ending(self.path)[1]
+        with SlowFile(self.path) if packed else open(self.path, "rb") as raw:
+            unpacked = unpack(raw, packed)
+            stream = io.TextIOWrapper(unpacked, "utf-8-sig", errors="replace", newline=newline)
+            while block := stream.read(4 * PIECE):
+                if by_line:
+                    block += stream.readline()
+                begin = end
+                end = raw.tell() / size
+                start = 0
+                while start < len(block):
+                    stop = start + STEP
+                    if by_line:
+                        stop = block.find("\n", start) + 1
+                    stop = min(stop, len(block)) or len(block)
+                    # An archive is unpacked in large blocks: inside one, all text counts alike.
+                    self.used = begin + (end - begin) * stop / len(block)
+                    yield block[start:stop]
+                    start = stop
+
+
+class SlowFile(io.FileIO):
+    """A file that is not read far ahead, so that tell() says how much of it has been used."""
+
+    def read(self, size=STEP):
+        return super().read(min(size, STEP))
+
+
+def unpack(raw, packed):
+    """The stream inside a file. One that is cut short raises when it is read."""
     if packed == ".gz":
-        stream = gzip.GzipFile(fileobj=raw)
-    elif packed == ".xz":
-        stream = lzma.LZMAFile(raw)  # noqa: SIM115
-    elif packed == ".zst":
+        return gzip.GzipFile(fileobj=raw)
+    if packed == ".xz":
+        return lzma.LZMAFile(raw)
+    if packed == ".zst":
         import pyarrow
 
-        # pyarrow comes with datasets, and unlike zstandard's reader refuses half a frame.
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-    else:
-        stream = raw
-    buffered = io.BufferedReader(stream, PIECE)
-    return io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="replace", newline=newline)
+        # pyarrow comes with datasets, and unlike others refuses half a frame.
+        stream = pyarrow.PythonFile(raw, mode="r")
+        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
+    return raw
 
 
 def checked(blocks, path, counts):
@@ -477,36 +468,34 @@ def checked(blocks, path, counts):
     for block in blocks:
         if "\0" in block:
             raise InputError(f"{path}: NUL bytes; if it is UTF-16: iconv -f UTF-16 -t UTF-8")
-        bad = block.count("\ufffd")
-        counts["replaced"] += bad
-        replaced += bad
+        replaced += block.count("\ufffd")
+        counts["replaced"] += block.count("\ufffd")
         characters += len(block)
         if characters > PIECE:
-            check_encoding(path, replaced, characters)
+            refuse_encoding(path, replaced, characters)
         yield block
-    check_encoding(path, replaced, characters)
+    refuse_encoding(path, replaced, characters)
 
 
-def check_encoding(path, replaced, characters):
+def refuse_encoding(path, replaced, characters):
     if replaced > characters / 100:
         raise InputError(f"{path} is not UTF-8; if it is Latin-1: iconv -f LATIN1 -t UTF-8")
 
 
-def pieces(stream, separator):
-    """The documents of a text file: up to each separator, or of at most 64 kB, cut at a line end."""
+def pieces(blocks, separator):
+    """The documents of a text file: up to each separator, or of at most 64 kB up to a line end."""
     rest = ""
-    if separator:
-        while block := stream.read(max(PIECE, len(rest))):
-            *documents, rest = (rest + block).split(separator)
+    # As much again each time, so that one long document is not searched again and again.
+    while more := "".join(islice(blocks, 1 + len(rest) // STEP)):
+        rest += more
+        if separator:
+            *documents, rest = rest.split(separator)
             yield from documents
-        yield rest
-        return
-    while block := rest + stream.read(PIECE - len(rest)):
-        cut = block.rfind("\n") + 1
-        if cut == 0 or len(block) < PIECE:
-            cut = len(block)
-        yield block[:cut]
-        rest = block[cut:]
+        while not separator and len(rest) > PIECE:
+            cut = rest.rfind("\n", 0, PIECE) + 1 or PIECE
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
 
 
 def json_values(blocks):
@@ -521,12 +510,11 @@ def json_values(blocks):
             value, at = decode(text, at)
         except ValueError as error:
             rest = text[at:]
-            # Twice as much each time, so that one long row is not read again and again.
-            more = "".join(islice(blocks, 1 + len(rest) // PIECE))
+            more = "".join(islice(blocks, 1 + len(rest) // STEP))
             if not more and rest.strip() in ("", "]"):
                 return
             if not more:
-                raise InputError(f"JSON is damaged or cut short after row: {error}") from error
+                raise EOFError(f"no whole JSON value: {error}") from error
             text = rest + more
             at = 0
             continue
@@ -540,20 +528,18 @@ def open_rows(path, source, separator):
     if kind in TABLE_ENDINGS:
         yield from table_rows(path, kind, source.fields)
         return
-    with SlowFile(path) as raw:
-        stream = open_text(raw, packed, newline="" if kind == ".csv" else None)
-        if kind in (".txt", ".md"):
-            rows = checked(pieces(stream, separator), path, source.counts)
-        elif kind == ".json":
-            blocks = iter(lambda: stream.read(raw.step), "")
-            rows = json_values(checked(blocks, path, source.counts))
-        elif kind == ".csv":
-            csv.field_size_limit(1 << 31)
-            rows = csv.DictReader(checked(stream, path, source.counts), strict=True)
-        else:
-            rows = checked(stream, path, source.counts)
-        for row in rows:
-            yield raw.used(), row
+    file = TextFile(path)
+    blocks = file.read("" if kind == ".csv" else None, kind not in (".json", ".txt", ".md"))
+    rows = checked(blocks, path, source.counts)
+    if kind in (".txt", ".md"):
+        rows = pieces(rows, separator)
+    elif kind == ".json":
+        rows = json_values(rows)
+    elif kind == ".csv":
+        csv.field_size_limit(1 << 31)
+        rows = csv.DictReader(rows, strict=True)
+    for row in rows:
+        yield file.used, row
 
 
 def table_rows(path, kind, fields):
@@ -678,11 +664,17 @@ BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def read_file(path, source, args):
-    """Yield the Documents of a file, and count. InputError says where it is bad, and what helps."""
+    """Yield the Documents of a file, or of a set on the hub; count what is skipped.
+
+    InputError says where it is bad, and the remedy that helps there.
+    """
     number = 0
+    place = str(path)
     try:
-        for used, row in open_rows(path, source, args.separator):
+        rows = hub_rows(source) if source.split else open_rows(path, source, args.separator)
+        for used, row in rows:
             number += 1
+            place = f"{path}:{number}"
             source.counts["rows"] += 1
             try:
                 if ending(path)[0] in (".jsonl", ".ndjson"):
@@ -697,17 +689,17 @@ def read_file(path, source, args):
                 # A field that the first row lacks, all rows lack.
                 helps = number > 1 or not isinstance(error, InputError)
                 remedy = "; --skip_bad skips such rows" if helps else ""
-                raise InputError(f"{path}:{number}: {describe(error)}{remedy}") from error
+                raise InputError(f"{describe(error)}{remedy}") from error
             text = SURROGATE.sub("?", "".join(text for text, _ in segments))
-            yield Document(text, source, f"{path}:{number}", segments, used)
-    except (InputError, MemoryError) as error:
-        where = "" if str(path) in str(error) else f"{path}: "
+            yield Document(text, source, place, segments, used)
+    except InputError as error:
+        where = "" if str(path) in str(error) else f"{place}: "
         raise InputError(f"{where}{error}") from error
     except csv.Error as error:
         raise InputError(f"{path}: row {number + 1} is no CSV: {error}") from error
     except Exception as error:  # of gzip, xz, pyarrow, the file system: whatever it is, say where
-        remedy = "damaged or cut short, fetch or write it again"
-        raise InputError(f"{path}: after row {number}: {describe(error)}: {remedy}") from error
+        remedy = "damaged or cut short? Fetch or write it again"
+        raise InputError(f"{path}: after row {number}: {describe(error)}. {remedy}") from error
 
 
 def describe(error):
@@ -716,9 +708,46 @@ def describe(error):
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
+def hub_rows(source):
+    """Rows from the hub (or a local folder of that name), resumed after an error of the network."""
+    from datasets import load_dataset
+
+    columns = source.fields.split(",")
+    state = None
+    failures = 0
+    while True:
+        try:
+            rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
+            names = rows.column_names or columns  # None: not known before it is read
+            if not set(columns) <= set(names):
+                raise MissingField(source.fields, names)
+            rows = rows.select_columns(columns)
+            if state:
+                rows.load_state_dict(state)
+            for row in rows:
+                yield 0.0, row
+                state = rows.state_dict()
+                failures = 0
+            return
+        except Exception as error:
+            failures += 1
+            passing = isinstance(error, OSError) or type(error).__module__.startswith(NETWORK)
+            lasting = isinstance(error, (FileNotFoundError, PermissionError, InputError))
+            if lasting or not passing or failures > RETRIES:
+                remedy = "No network? Give files: --reference PATH --corpus PATH"
+                raise InputError(f"{source.name}: {describe(error)}. {remedy}") from error
+            time.sleep(2**failures / 4)
+
+
+NETWORK = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "fsspec")
+
+
 def read_lane(source, files, args):
-    """The Documents of some files, one file after another; progress goes from 0 to 1 / weight."""
-    total = max(1, sum(os.path.getsize(file) for file in files))
+    """The Documents of some files, one file after another, with progress from 0 to 1 / weight.
+
+    Of a set on the hub, whose size is not known, progress is characters / weight.
+    """
+    total = sum(os.path.getsize(file) for file in files)
     before = 0
     for file in files:
         size = os.path.getsize(file)
@@ -730,81 +759,30 @@ def read_lane(source, files, args):
             yield document
         source.used += (1 - last) * size
         before += size
-
-
-def read_hub(source, args):
-    """The Documents of a set on the hub, as it streams in; progress is bytes of text / weight."""
     done = 0
-    for number, row in enumerate(hub_rows(source.name, source.split, source.fields), 1):
-        source.counts["rows"] += 1
-        try:
-            segments = row_segments(row, source.fields)
-        except BAD_ROW as error:
-            if args.skip_bad:
-                source.counts["skipped"] += 1
-                continue
-            remedy = "--skip_bad skips such rows"
-            raise InputError(f"{source.name}:{number}: {describe(error)}; {remedy}") from error
-        text = SURROGATE.sub("?", "".join(text for text, _ in segments))
-        done += len(text.encode())
-        yield Document(text, source, f"{source.name}:{number}", segments, done / source.weight)
-
-
-def hub_rows(name, split, fields):
-    """Rows from the hub (or a local folder of that name); after a network error it resumes."""
-    from datasets import load_dataset
-
-    state = None
-    failures = 0
-    while True:
-        try:
-            rows = load_dataset(*name.split(":"), split=split, streaming=True)
-            columns = rows.column_names or fields.split(",")
-            missing = [column for column in fields.split(",") if column not in columns]
-            if missing:
-                there = ", ".join(columns)
-                raise InputError(f"{name}: no column {', '.join(missing)}; there are {there}")
-            rows = rows.select_columns(fields.split(","))
-            if state:
-                rows.load_state_dict(state)
-            for row in rows:
-                yield row
-                state = rows.state_dict()
-                failures = 0
-            return
-        except InputError:
-            raise
-        except Exception as error:
-            failures += 1
-            network = isinstance(error, OSError) or type(error).__module__.startswith(NETWORK)
-            known = isinstance(error, (FileNotFoundError, PermissionError))  # so for ever
-            if known or not network or failures > RETRIES:
-                remedy = "give local files instead: --reference PATH --corpus PATH"
-                raise InputError(f"{name}: {describe(error)}; no network? {remedy}") from error
-            time.sleep(2**failures / 4)
-
-
-NETWORK = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "fsspec")
+    for document in read_file(Path(source.name), source, args) if source.split else []:
+        done += len(document.text)
+        document.progress = done / source.weight
+        yield document
 
 
 def read_role(sources, role, args):
     """All Documents of a role, its files read in step: a prefix of them is a fair sample."""
     lanes = []
-    for source in sources:
-        if source.role != role:
-            continue
-        if source.split:
-            lanes.append(read_hub(source, args))
-        for i in range(min(LANES, len(source.files))):
+    for source in of_role(sources, role):
+        for i in range(min(LANES, len(source.files)) or 1):
             lanes.append(read_lane(source, source.files[i::LANES], args))
     for document in heapq.merge(*lanes, key=attrgetter("progress")):
-        source = document.source
         for block in blocks_of(document.text):
-            source.digest.update(block.encode())
+            document.source.digest.update(block.encode())
         if document.text.strip():
             yield document
         else:
-            source.counts["empty"] += 1
+            document.source.counts["empty"] += 1
+
+
+def of_role(sources, role):
+    return [source for source in sources if source.role == role]
 
 
 def blocks_of(text, overlap=0):
@@ -815,15 +793,13 @@ def blocks_of(text, overlap=0):
 
 def try_sources(sources, args):
     """Open every file and read one row, before hours of work. -> the first Document of each."""
-    first = {}
+    first = []
     for source in sources:
-        trial = replace(source, counts=Counter(), digest=hashlib.sha256())
-        readers = [read_file(file, trial, args) for file in source.files]
-        if source.split:
-            readers = [read_hub(trial, args)]
-        for reader in readers:
-            for document in islice(reader, 1):
-                first.setdefault(source.role + source.name, document)
+        trial = replace(source, counts=Counter())
+        documents = []
+        for file in source.files or [Path(source.name)]:
+            documents += islice(read_file(file, trial, args), 1)
+        first.append(documents[0] if documents else Document(""))
     return first
 
 
@@ -894,9 +870,7 @@ def find_questions(texts, index):
     numbers = compute.index_in(lists.flatten(), value_set=index.vocabulary)
     numbers = compute.fill_null(numbers, -1).to_numpy()
     bounds = lists.offsets.to_numpy()
-    return [
-        find_run(numbers[start:end], index) for start, end in pairwise(bounds)
-    ]
+    return [find_run(numbers[start:end], index) for start, end in pairwise(bounds)]
 
 
 def find_run(numbers, index):
@@ -980,43 +954,31 @@ def share_to_hold(n, sources, seen, max_tokens):
     return n / min(totals) if totals else 1.0
 
 
-def hold_out(documents, held, n, sources, args):
+def hold_out(documents, held, n, sources, args, avoid=()):
     """Yield the documents but for at most n, spread over all of them, which go into `held`.
 
     Whether one is held depends on its text alone, and the share only falls: so a copy of a
-    document that was not held is not held later. `held` is {fingerprint: Document}.
+    document that was not held is not held later. Copies of what is in `held` or `avoid`
+    ({fingerprint: Document}) are dropped.
     """
     documents = iter(documents)
     beginning = list(islice(documents, 2))
     if n and len(beginning) == 1:  # the only document: its end is held out
-        only = beginning[0]
+        only = beginning.pop()
         cut = len(only.text) * 9 // 10
-        held[fingerprint(only.text[cut:])] = replace(only, text=only.text[cut:])
+        held[""] = replace(only, text=only.text[cut:])
         yield replace(only, text=only.text[:cut])
-        return
     share = 0.1
-    seen = 0
-    for stream in (beginning, documents):
-        for document in stream:
-            seen += 1
-            if seen % 64 == 0:
-                share = min(share, share_to_hold(n, sources, seen, args.max_tokens))
-            key = fingerprint(document.text)
-            lot = hashlib.sha256(f"{args.seed} {document.source.role} ".encode() + key).digest()
-            drawn = int.from_bytes(lot[:8], "big") / 2**64 < share
-            if key in held:
-                document.source.counts["duplicates"] += 1
-            elif len(held) < n and (drawn or not held):  # the first, so that none is empty
-                held[key] = document
-            else:
-                yield document
-
-
-def without(documents, held):
-    """The documents that are not in `held`, which is {fingerprint: Document} of another split."""
-    for document in documents:
-        if fingerprint(document.text) in held:
+    for seen, document in enumerate(chain(beginning, documents), 1):
+        if seen % 64 == 0:
+            share = min(share, share_to_hold(n, sources, seen, args.max_tokens))
+        key = fingerprint(document.text)
+        lot = hashlib.sha256(f"{args.seed} {document.source.role} ".encode() + key).digest()
+        drawn = int.from_bytes(lot[:8], "big") / 2**64 < share
+        if key in held or key in avoid:
             document.source.counts["duplicates"] += 1
+        elif len(held) < n and (drawn or not held):  # the first one, so that none is empty
+            held[key] = document
         else:
             yield document
 
@@ -1084,8 +1046,8 @@ def answer_mask(segments, encoding):
     return tokens, mask
 
 
-def write_answers(folder, documents, encoding, dtype):
-    """sft.bin and sft_mask.bin -> (tokens, documents). An answer's end token is part of it."""
+def write_answers(folder, documents, encoding, meta):
+    """sft.bin and sft_mask.bin. The token that ends an answer is part of it."""
     start = document_start(encoding)
     tokens = 0
     count = 0
@@ -1096,40 +1058,40 @@ def write_answers(folder, documents, encoding, dtype):
             ids = [*start, *ids]
             mask = [ended, *[False] * (len(start) - 1), *mask]
             ended = mask[-1]
-            file.write(np.array(ids, dtype).tobytes())
+            file.write(np.array(ids, meta["dtype"]).tobytes())
             mask_file.write(np.array(mask, np.uint8).tobytes())
             document.source.counts["documents"] += 1
             document.source.counts["tokens"] += len(ids)
             tokens += len(ids)
             count += 1
-        file.write(np.array([encoding.eot_token], dtype).tobytes())  # the end of the last answer
+        file.write(np.array(start[:1], meta["dtype"]).tobytes())  # the end of the last answer
         mask_file.write(np.array([ended], np.uint8).tobytes())
-    return tokens + 1, count
+    meta["tokens"]["sft"] = tokens + 1
+    meta["documents"]["sft"] = count
 
 
 # ---- The folder that is written ----
 
 STREAMS = ("ref", "train", "val", "val_corpus")
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "sft_mask.bin", "sft.bin", *BESIDE)
-WRITTEN += tuple(f"{name}.bin" for name in STREAMS)
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to a tokenizer.json
+WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
+WRITTEN += ("sft_mask.bin", "sft.bin", *[f"{name}.bin" for name in STREAMS])
+REMEDY = "Run: python prepare_data.py"
 
 
 @contextmanager
 def new_folder(folder):
-    """An empty folder to write in, beside `folder`. What a killed run left there is cleared.
+    """An empty folder beside `folder` to write in. What a killed run left in it is cleared.
 
-    The system frees the lock of a run that was killed, so only the remains of dead ones go.
+    It is locked; the system frees the lock of a run that is dead, and only then it is ours.
     """
     import fcntl
 
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file")
+    folder = Path(folder).absolute()
     for name in set(WRITTEN) - listed_files(folder):
-        if (folder / name).exists():
+        if Path(folder, name).exists():
             raise InputError(f"{folder / name} is not of prepare_data.py: choose another --out")
-    work = folder.absolute().parent / f".{folder.absolute().name}.preparing"
+    work = folder.parent / f".{folder.name}.preparing"
     work.mkdir(parents=True, exist_ok=True)
     with open(work / ".lock", "w") as lock:
         try:
@@ -1137,45 +1099,42 @@ def new_folder(folder):
         except BlockingIOError as error:
             raise InputError(f"--out {folder}: another run is writing it") from error
         try:
-            for file in work.iterdir():
-                if file.name != ".lock":
-                    file.unlink()
+            for file in set(work.iterdir()) - {work / ".lock"}:
+                file.unlink()
             yield work
         finally:
             shutil.rmtree(work)
 
 
 def listed_files(folder):
-    """The names of the files that an earlier run wrote there, whole or interrupted."""
+    """The names of the files that earlier runs wrote there, whole ones and interrupted ones."""
     names = set()
     for path in Path(folder).glob("meta.json*"):
         try:
-            meta = json.loads(path.read_text())
-            names.update(meta.get("files", []), [path.name])
-        except (ValueError, AttributeError):
+            names.update(json.loads(path.read_text())["files"], [path.name])
+        except (ValueError, LookupError, TypeError):
             continue  # damaged: it lists nothing
     return names
 
 
 def publish(work, folder, meta):
-    """Move the files of `work` to `folder`, meta.json last; the earlier run's files go."""
+    """Move the files of `work` to `folder`, meta.json last; the files of the run before go."""
     folder = Path(folder)
     files = sorted(path for path in work.iterdir() if path.name != ".lock")
     meta["files"] = {path.name: file_digest(path) for path in files}
     folder.mkdir(exist_ok=True)
-    # A run that is killed here leaves a folder without meta.json, which is not prepared, but with
-    # one of these names, which say what the next run may replace.
+    # A run that is killed below leaves a folder without meta.json, that is, not prepared, but
+    # with these two lists, which say what the next run may replace.
+    if Path(folder, "meta.json").exists():
+        os.replace(folder / "meta.json", folder / "meta.json.old")
     with whole_file(folder / "meta.json.new") as file:
         file.write(json.dumps(meta, indent=1).encode())
-    old = listed_files(folder)
-    if (folder / "meta.json").exists():
-        os.replace(folder / "meta.json", folder / "meta.json.old")
+    old = listed_files(folder) - set(meta["files"]) - {"meta.json.new"}
     for path in files:
         os.replace(path, folder / path.name)
-    for name in old - set(meta["files"]) - {"meta.json", "meta.json.new", "meta.json.old"}:
-        (folder / name).unlink(missing_ok=True)
     os.replace(folder / "meta.json.new", folder / "meta.json")
-    (folder / "meta.json.old").unlink(missing_ok=True)
+    for name in old - {"meta.json"}:
+        Path(folder, name).unlink(missing_ok=True)
 
 
 def file_digest(path):
@@ -1192,66 +1151,52 @@ def read_meta(folder):
     path = Path(folder, "meta.json")
     try:
         meta = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} is missing. Run: python prepare_data.py --out {folder}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}). Delete {folder}; {REMEDY}") from error
-    try:
         spec = meta["tokenizer"]
-        problems = [key for key in ("n_vocab", "eot") if type(spec.get(key)) is not int]
-        if not isinstance(spec["name"], str):
-            problems.append("name")
-        if meta["dtype"] not in ("uint16", "uint32"):
-            problems.append("dtype")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}. {REMEDY}") from error
-    if problems:
-        raise InputError(f"{path} is damaged: {', '.join(problems)}. {REMEDY}")
+        numbers = [spec["n_vocab"], spec["eot"]]
+        whole = all(type(number) is int for number in numbers) and isinstance(spec["name"], str)
+        if not whole or meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError("tokenizer or dtype")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing. {REMEDY} --out {folder}") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        remedy = f"Delete {folder}. {REMEDY}"
+        raise InputError(f"{path} is damaged: {describe(error)}. {remedy}") from error
     if "file" in spec:
-        spec["folder"] = str(Path(folder).resolve())  # the copy that moves with the data
+        spec["file"] = str(Path(folder, spec["file"]).resolve())  # it moves with the data
     return meta
 
 
-REMEDY = "Run: python prepare_data.py"
-
-
-def load_meta(folder, whole=False):
-    """meta.json of a prepared folder. InputError if it is missing or a file disagrees with it.
-
-    The sha256 is compared for files below 1 GiB, or, with `whole`, for all.
-    """
+def load_meta(folder):
+    """meta.json of a prepared folder, when its files have the size and, below 1 GiB, the sha256
+    that it says. InputError otherwise. check_files compares the larger ones too."""
     meta = read_meta(folder)
-    path = Path(folder, "meta.json")
     remedy = f"Run: {meta.get('command', 'python prepare_data.py')}"
     try:
-        size = np.dtype(meta["dtype"]).itemsize
-        sizes = {f"{name}.bin": n * size for name, n in meta["tokens"].items()}
-        for name in STREAMS:
-            sizes[f"{name}.bin"]  # KeyError: it is not there
-        if "sft" in meta["tokens"]:
-            sizes["sft_mask.bin"] = meta["tokens"]["sft"]
-        for name, digest in {**dict.fromkeys(sizes), **meta["files"]}.items():
-            file = Path(folder, name)
-            length = os.path.getsize(file)
-            if length != sizes.get(name, length):
-                raise InputError(f"{file} has another size than meta.json says. {remedy}")
-            if (whole or length < 1 << 30) and file_digest(file) != digest:
-                raise InputError(f"{file} has changed since it was written (sha256). {remedy}")
-    except FileNotFoundError as error:
+        itemsize = np.dtype(meta["dtype"]).itemsize
+        small = []
+        for name in [*STREAMS, *meta["tokens"]]:
+            path = Path(folder, f"{name}.bin")
+            if os.path.getsize(path) != meta["tokens"][name] * itemsize:
+                raise InputError(f"{path} has another size than meta.json says. {remedy}")
+        for name in meta["files"]:
+            if os.path.getsize(Path(folder, name)) < 1 << 30:
+                small.append(name)
+        digests = {name: meta["files"][name] for name in small}
+    except OSError as error:
         raise InputError(f"{error.filename} is missing. {remedy}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}. {remedy}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        path = Path(folder, "meta.json")
+        raise InputError(f"{path} is damaged: {describe(error)}. {remedy}") from error
+    check_files(folder, {**meta, "files": digests})
     return meta
 
 
 def check_files(folder, meta):
     """Compare every file with its sha256 in meta.json, whatever its size. InputError."""
-    remedy = f"Run: {meta.get('command', 'python prepare_data.py')}"
     for name, digest in meta["files"].items():
         if file_digest(Path(folder, name)) != digest:
-            raise InputError(f"{Path(folder, name)} has changed since it was written. {remedy}")
+            remedy = f"Run: {meta.get('command', 'python prepare_data.py')}"
+            raise InputError(f"{Path(folder, name)} has changed since it was made. {remedy}")
 
 
 # ---- From the flags to the folder ----
@@ -1277,18 +1222,18 @@ def prepare_text(args, sources, command):
     """Tokenise the sources into the folder args.out. InputError if one is bad or too short."""
     spec = tokenizer_spec(args.tokenizer)
     encoding = get_tokenizer(spec)
-    dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
+    dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
     report = {"ngram": NGRAM, "dropped": not args.keep_contaminated, "found": 0, "documents": []}
-    meta = {"command": command, "tokenizer": spec, "dtype": dtype.name, "seed": args.seed}
-    meta.update(sources=[], tokens={}, documents={}, contamination=report)
+    meta = {"command": command, "tokenizer": spec, "dtype": dtype, "seed": args.seed}
+    meta.update(tokens={}, documents={}, contamination=report)
     with new_folder(args.out) as work:
         try_sources(sources, args)
         questions = read_questions(sources, args)
-        index = make_index([*questions])
-        report["questions"] = len(questions)
         write_questions(work, questions)
+        report["questions"] = len(questions)
+        index = make_index([*questions])
 
-        # Target text that is held out is known first, so that it is kept out of all the rest. A
+        # Held-out target text is known before the rest, so that the rest can leave it out. A
         # --val of its own is not searched for questions, since it may consist of them.
         val = {}
         for document in read_role(sources, "val", args):
@@ -1298,30 +1243,24 @@ def prepare_text(args, sources, command):
         reference = hold_out(reference, val, n_val, of_role(sources, "reference"), args)
         write_split(work, "ref", reference, encoding, meta)
         write_split(work, "val", val.values(), encoding, meta)
-        enough(sources, meta, args, "reference", ("ref", "val"))
+        check_enough(sources, "reference", ("ref", "val"), meta)
 
         val_corpus = {}
-        corpus = without(read_clean(sources, "corpus", args, index, report), val)
-        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, of_role(sources, "corpus"), args)
+        corpus = read_clean(sources, "corpus", args, index, report)
+        parts = of_role(sources, "corpus")
+        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, parts, args, avoid=val)
         write_split(work, "train", corpus, encoding, meta, args.max_tokens)
         write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
-        enough(sources, meta, args, "corpus", ("train", "val_corpus"))
+        check_enough(sources, "corpus", ("train", "val_corpus"), meta)
 
         if args.sft:
-            pairs = without(read_clean(sources, "sft", args, index, report), val)
-            meta["tokens"]["sft"], meta["documents"]["sft"] = write_answers(
-                work, pairs, encoding, dtype
-            )
-            enough(sources, meta, args, "sft", ("sft",))
+            pairs = read_clean(sources, "sft", args, index, report)
+            pairs = hold_out(pairs, {}, 0, of_role(sources, "sft"), args, avoid=val)
+            write_answers(work, pairs, encoding, meta)
+            check_enough(sources, "sft", ("sft",), meta)
         copy_tokenizer(work, spec)
         meta["sources"] = [source.report() for source in sources]
         publish(work, args.out, meta)
-    for source in sources:
-        print(source.line())
-
-
-def of_role(sources, role):
-    return [source for source in sources if source.role == role]
 
 
 def write_split(work, name, documents, encoding, meta, max_tokens=None):
@@ -1331,27 +1270,28 @@ def write_split(work, name, documents, encoding, meta, max_tokens=None):
     meta["documents"][name] = count
 
 
-def enough(sources, meta, args, role, names):
-    """InputError if a split of this role has too little text, with the reason and the remedy."""
-    short = [name for name in names if meta["tokens"][name] < 100]
-    if not short:
-        return
-    counts = Counter()
-    for source in of_role(sources, "val" if short == ["val"] and args.val else role):
-        counts.update(source.counts)
+def check_enough(sources, role, splits, meta):
+    """InputError if one of these splits has too little text, with the reason and its remedy."""
     remedies = {
-        "contaminated": "--keep_contaminated keeps these",
-        "skipped": "look at the rows without --skip_bad",
-        "duplicates": "the same text is held out",
-        "empty": "is it another field? --field",
+        "contaminated": "--keep_contaminated keeps them",
+        "skipped": "look at one of them without --skip_bad",
+        "duplicates": "they are copies of held-out text; give other text",
+        "empty": "is their text in another field? --field",
     }
-    reason = max(remedies, key=lambda key: counts[key])
-    remedy = f"{counts[reason]:,} are {reason}: {remedies[reason]}"
-    if not counts[reason]:
-        remedy = "give more text"
-    flag = "--val" if short == ["val"] and args.val else f"--{role}"
-    have = f"{meta['tokens'][short[0]]} tokens of {counts['rows']:,} rows"
-    raise InputError(f"{flag}: too little text for {short[0]} ({have}): {remedy}")
+    for split in splits:
+        if meta["tokens"][split] >= 100:
+            continue
+        if split == "val" and of_role(sources, "val"):
+            role = "val"
+        counts = Counter()
+        for source in of_role(sources, role):
+            counts.update(source.counts)
+        reason = max(remedies, key=lambda name: counts[name])
+        remedy = f"{counts[reason]:,} are {reason}: {remedies[reason]}"
+        if not counts[reason]:
+            remedy = "give more text"
+        have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
+        raise InputError(f"--{role}: too little text, {have}; {remedy}")
 
 
 def write_questions(work, questions):
@@ -1361,31 +1301,30 @@ def write_questions(work, questions):
 
 
 def copy_tokenizer(work, spec):
-    """The files of a tokenizer.json, so that the data can be moved or its source deleted."""
-    if "file" not in spec:
-        return
-    folder = Path(spec.pop("folder"))
-    shutil.copyfile(folder / spec["file"], work / BESIDE[0])
-    spec["file"] = BESIDE[0]
-    for name in BESIDE[1:]:
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, work / name)
+    """The files of a tokenizer.json, so that the data does not depend on where they came from."""
+    if "file" in spec:
+        source = Path(spec["file"])
+        shutil.copyfile(source, work / "tokenizer.json")
+        spec["file"] = "tokenizer.json"
+        for name in BESIDE:
+            if (source.parent / name).exists():
+                shutil.copyfile(source.parent / name, work / name)
 
 
 def preview(sources, args):
     """--dry_run: each source with its files and its first document; nothing is written."""
     encoding = get_tokenizer(tokenizer_spec(args.tokenizer))
-    with new_folder(args.out):  # it can be written
-        first = try_sources(sources, args)
-    for source in sources:
+    with new_folder(args.out):  # so that it is known that this can be written
+        documents = try_sources(sources, args)
+    for source, document in zip(sources, documents, strict=True):
         passed = f"{source.counts['hidden']} hidden, {source.counts['ignored']} ignored"
-        size = f"{len(source.files)} files, {source.size / 1e6:.1f} MB, {passed}"
-        print(f"{source.role} {source.name}: {'on the hub' if source.split else size}")
-        document = first.get(source.role + source.name)
-        if document:
-            tokens = len(encoding.encode_ordinary(document.text))
-            print(f"  {document.place}, {tokens:,} tokens: {document.text[:300]!r}")
+        files = f"{len(source.files)} files, {source.size:,} bytes, {passed}"
+        print(f"{source.role} {source.name}: {files}")
+        tokens = len(encoding.encode_ordinary(document.text))
+        print(f"  {document.place}, {tokens:,} tokens: {document.text[:300]!r}")
 
+
+# ---- The demo ----
 
 # The embedded default, demo: clean grade-school problems with worked steps for the reference, and
 # web-like pages in which such problems hide, with the dirt of real crawls: wrong worked answers,
@@ -1578,9 +1517,7 @@ def prepare_demo(
             questions[question] = segments[0][0].partition("\nAnswer: ")[2]
         write_questions(work, questions)
         pairs = demo_pairs(random.Random(seed + 3), held, n_sft)
-        meta["tokens"]["sft"], meta["documents"]["sft"] = write_answers(
-            work, pairs, encoding, np.uint16
-        )
+        write_answers(work, pairs, encoding, meta)
         publish(work, folder, meta)
 
 
@@ -1705,6 +1642,9 @@ def run(args, command):
     else:
         prepare_text(args, sources, command)
     if not args.dry_run:
+        for source in sources:
+            counts = [f"{source.counts[key]:,} {key}" for key in COUNTED]
+            print(f"{source.role} {source.name}: {', '.join(counts)}")
         print(f"{args.out} is written")
 
 
