@@ -143,18 +143,6 @@ def test_a_table_begins_with_its_own_header(marker):
     assert page == "| " + " | ".join(header) + " |"
 
 
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """The published logs once more, to be altered; a test puts back what it altered."""
-    folder = tmp_path_factory.mktemp("published")
-    others = [RESULTS / "runs" / "shares.json", RESULTS / "real" / "answers.json"]
-    for path in [*RESULTS.rglob("*.jsonl"), *RESULTS.rglob("*.npz"), *others]:
-        copy = folder / path.relative_to(RESULTS)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    return folder
-
-
 def halved(found):
     """{name: share} and {name: [right, asked]} with half the share, half as many right."""
     half = {}
@@ -187,37 +175,66 @@ def alter(path):
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def altered(paths, make):
-    """What `make` makes once the files are altered. They are then put back."""
-    before = {path: path.read_bytes() for path in paths}
-    for path in paths:
+def logs_copied(folder):
+    others = [RESULTS / "runs" / "shares.json", RESULTS / "real" / "answers.json"]
+    for path in [*RESULTS.rglob("*.jsonl"), *RESULTS.rglob("*.npz"), *others]:
+        copy = folder / path.relative_to(RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The published logs once more. A test puts back what it changes."""
+    return logs_copied(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def falsified(tmp_path_factory):
+    """All of them altered."""
+    folder = logs_copied(tmp_path_factory.mktemp("falsified"))
+    for path in folder.rglob("*.*"):
         alter(path)
+    return folder
+
+
+def made_with(paths, source, folder, make):
+    """make(folder) with these files taken from `source`; they are then put back."""
+    before = {path: (folder / path).read_bytes() for path in paths}
+    for path in paths:
+        shutil.copy(source / path, folder / path)
     try:
-        return make()
+        return make(folder)
     finally:
         for path, content in before.items():
-            path.write_bytes(content)
+            (folder / path).write_bytes(content)
+
+
+def own_logs(marker):
+    return [path.relative_to(RESULTS) for path in logs.sources(marker, RESULTS)]
 
 
 @pytest.mark.parametrize("marker", tables.TABLES)
-def test_a_table_changes_with_its_own_logs_and_no_other(marker, copied):
-    def rows():
-        return list(tables.TABLES[marker](copied))
+def test_a_table_changes_with_its_own_logs_and_no_other(marker, copied, falsified):
+    def rows(folder):
+        return list(tables.TABLES[marker](folder))
 
-    published = rows()
-    own = logs.sources(marker, copied)
+    published = rows(copied)
+    own = own_logs(marker)
     assert own or marker == "paper"
-    others = [path for path in copied.rglob("*") if path.is_file() and path not in own]
-    assert altered(others, rows) == published
+    assert made_with(own, copied, falsified, rows) == published  # every other log is altered
     for path in own[:: len(own) // 10 + 1]:  # of long lists some
-        assert altered([path], rows) != published, path
+        assert made_with([path], falsified, copied, rows) != published, path
 
 
 @pytest.mark.parametrize("marker", sorted(set(findings.FINDINGS) - {"bench"}))
-def test_sentences_change_with_the_logs_of_their_table(marker, copied):
-    published = " ".join(findings.FINDINGS[marker](copied))
-    own = logs.sources(marker, copied)[::2]
-    assert altered(own, lambda: " ".join(findings.FINDINGS[marker](copied))) != published
+def test_sentences_change_with_the_logs_of_their_table(marker, copied, falsified):
+    def sentences(folder):
+        return " ".join(findings.FINDINGS[marker](folder))
+
+    published = sentences(copied)
+    assert made_with(own_logs(marker)[::2], falsified, copied, sentences) != published
 
 
 def test_a_table_names_the_commits_of_all_its_logs():
