@@ -47,7 +47,7 @@ from prepare_data import InputError, get_tokenizer, prompt_start, stop_tokens, w
 COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # of thousands; in "12, 345" it is none
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
 NUMBER = rf"(?:[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|{DECIMAL})"  # 2 1/2, 3/4, 1.5, 1.5e3
-GSM8K = re.compile(rf"#### {{0,3}}(-? ?\$? ?-?{NUMBER}%?)(?![.)] +[A-Za-z])")  # no "#### 2. Step"
+GSM8K = re.compile(rf"#### {{0,3}}(-? ?\$? ?-?{NUMBER}%?)(?![.)]? +[A-Z])")  # no "#### 2. Step"
 
 
 def gsm8k_answer(text):
@@ -127,11 +127,11 @@ def read_number(text):
         return None
     if before.endswith("-"):
         value = -value
-    for word in re.findall("[a-z]+", rest):
-        value *= SCALES.get(word.rstrip("s"), 1)
+    scales = [SCALES[word] for word in re.findall("[a-z]+?(?=s?\\b)", rest) if word in SCALES]
+    value *= math.prod(scales)
     exact = value.denominator == 1 or "/" in written
-    percent = "%" in rest or "percent" in rest
-    return Number(value, exact, "/" not in written, percent)
+    decimal = "/" not in written and not scales
+    return Number(value, exact, decimal, "%" in rest or "percent" in rest)
 
 
 def same_number(a, b, percentage):
@@ -269,7 +269,7 @@ def tidy(answer):
     elif r"\begin" not in answer:
         answer = re.sub(r"\\\\(?=[a-zA-Z{}()\[\]])", r"\\", answer)
     for what, into in SYNONYMS:
-        answer = answer.replace(what, f"{into} " if into[-1].isalpha() else into)
+        answer = answer.replace(what, f"{into} " if len(what) == 1 else into)
     for what, into in REWRITES:
         answer = what.sub(into, answer)
     answer = " ".join(answer.split())
@@ -290,7 +290,7 @@ def equal_latex(a, b):
     import cmath
 
     from math_verify import verify
-    from sympy import Abs, Eq, Expr, Float, Symbol, simplify
+    from sympy import Abs, Add, Eq, Expr, Float, Symbol, simplify
 
     readings = [read_latex(text) for text in (a, b)]
     if [] in readings:
@@ -299,10 +299,13 @@ def equal_latex(a, b):
     plain = isinstance(x, Expr) and isinstance(y, Expr)
     if plain and x.is_number and y.is_number and (x.has(Float) or y.has(Float)):
         return cmath.isclose(complex(x), complex(y), rel_tol=1e-4)
+    equations = [side for side in (x, y) if isinstance(side, Eq)]
+    if len(equations) == 1 and isinstance(equations[0].lhs, Add):
+        return False  # 2x - y = 5 is not 5, as y = 5 is
     # math-verify unwraps x = 5 on one side only: ask both ways.
     if any(verify(p, q, float_rounding=4, timeout_seconds=None) for p, q in [(x, y), (y, x)]):
         return True
-    if isinstance(x, Eq) and isinstance(y, Eq):  # 2x = 6 is x = 3
+    if len(equations) == 2:  # 2x = 6 is x = 3
         ratio = simplify((x.lhs - x.rhs) / (y.lhs - y.rhs))
         return bool(ratio.is_number and ratio.is_nonzero)
     if plain and not x.has(Abs) and not y.has(Abs):  # sqrt(1/m) is 1/sqrt(m) if m is positive
@@ -589,7 +592,7 @@ WORD_EXAMPLES = [
     "Question: {}?\nAnswer: {} The answer is {}".format(*line.split("? "), line.split()[-1])
     for line in WORD_EXAMPLES.splitlines()
 ]
-# The other examples are pairs of lines, a question and its answer; " / " is a line break.
+# The other examples are pairs of lines; " / " in a question is a line break.
 TABLE_EXAMPLES = """\
 Here is a table. / pencil | $0.40 / eraser | $0.75 / ruler | $1.10 / What do 2 rulers cost?
 A ruler costs 1.10, and 2 * 1.10 = 2.20. The answer is 2.20.
@@ -624,8 +627,9 @@ A coat of $80 is sold at 15 percent less. What does it cost? / (A) $12, (B) $65,
 
 def examples_of(form, text):
     """The examples of a text of pairs of lines, each in the prompt's form."""
-    lines = [line.replace(" / ", "\n") for line in text.strip().splitlines()]
-    pairs = zip(lines[::2], lines[1::2], strict=True)
+    lines = text.strip().splitlines()
+    questions = [question.replace(" / ", "\n") for question in lines[::2]]
+    pairs = zip(questions, lines[1::2], strict=True)
     return [f"{form.format(question)} {answer}" for question, answer in pairs]
 
 

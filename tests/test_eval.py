@@ -1,125 +1,222 @@
-"""eval_math.py: extraction and comparison by the harness's rules, prompts, files, errors."""
+"""eval_math.py: what a text answers, when two answers are equal, the nine sets, the command."""
 
-import ast
 import base64
-import builtins
 import json
-import math
 import os
 import re
+import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_math
 from eval_math import (
-    EXAMPLES,
+    PROMPTS,
+    TASKS,
     answer_questions,
-    evaluate,
     extract_answer,
+    extract_choice,
     is_equiv,
     load_questions,
     main,
     make_prompt,
-    normal,
+    same_latex,
+    tidy,
     wilson_interval,
 )
 from model import GPT, GPTConfig
 from prepare_data import InputError, get_tokenizer
 
 steady = settings(max_examples=80, deadline=None, derandomize=True)
-
-BYTES = {"name": "bytes", "n_vocab": 257, "eot": 256, "pat_str": r"[\s\S]"}
-BYTES["ranks"] = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+needs_latex = pytest.mark.skipif(
+    not eval_math.has_math_verify(), reason="LaTeX is compared by the extra `math` (math-verify)"
+)
 
 
 @pytest.fixture(scope="module")
 def encoding():
-    return get_tokenizer(BYTES)
+    ranks = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    return get_tokenizer({**BYTES, "ranks": ranks})
 
 
-# ---- extraction ----
+BYTES = {"name": "bytes", "n_vocab": 257, "eot": 256, "pat_str": r"[\s\S]"}
+
+# ---- From a model's text to right or wrong: kinds of answers found in the wild ----
+
+NUMBERS = r"""
+# words that carry value
+The answer is sqrt(7).  ==  sqrt(7)
+The answer is sqrt(7).  !=  7
+So the answer is log 9  !=  9
+The answer is 3 million dollars.  ==  3000000
+The answer is 3 million dollars.  !=  3
+The answer is 14 thousand  !=  14
+The answer is 5 hundred  !=  5
+The answer is 2 dozen eggs.  ==  24
+The answer is 2 dozen eggs.  !=  2
+The answer is minus 4.  !=  4
+The answer is minus 4.  ==  -4
+The answer is twenty-five dollars.  ==  25
+The answer is half of 8.  !=  8
+The answer is 75 percent.  ==  3/4
+# a comma and a space make a list
+The answer is 12, 345  !=  12345
+The answer is 12,345.  ==  12345
+# delimiters of mathematics
+The answer is \(24\).  ==  24
+The answer is \[ 24 \]  ==  24
+The answer is:⏎\[⏎24⏎\]  ==  24
+Final Answer: The final answer is \((-2, 7)\). I hope it is correct.  ==  (-2,7)
+# a marker with nothing but decoration after it
+He has 6 goats. The answer is $  ==  6
+That makes 15. \boxed{}  ==  15
+That makes 15. \boxed{\text{ }}  ==  15
+So 8 are left. The answer is \(  ==  8
+So 8 are left. The answer is **  ==  8
+# units in brackets
+The answer is 12  ==  12 (kg)
+The answer is 7  ==  7 (push-ups)
+The answer is 12  !=  13 (kg)
+# choices
+The best answer is B  ==  B
+So the best answer is: (C)⏎Date: 11/02/2001  ==  C
+The answer is D because (A) and (B) are wrong.  ==  D
+The answer is (e).  ==  E
+The correct option is D.  ==  D
+The answer is E  !=  C
+# end marks
+The answer is 26,  ==  26
+The answer is 26;  ==  26
+\boxed{\text{6:15 p.m.}}  ==  6:15 p.m.
+The answer is ≈ 26.  ==  26
+The answer is ~26.  ==  26
+Q1. The answer is 9 500.  ==  9500
+"""
+LATEX = r"""
+# a comma and a space make a list
+\boxed{30^\circ, 150^\circ}  !=  30^\circ, 160^\circ
+\boxed{30^\circ, 150^\circ}  ==  150^{\circ}, 30^{\circ}
+\boxed{11,24,87}  !=  11,24,88
+# doubled backslash, display style
+The answer is $2\\sqrt{5}$.  ==  2\sqrt{5}
+\boxed{\\frac{3}{7}}  ==  \frac{3}{7}
+\boxed{\displaystyle\frac{5}{9}}  ==  \frac{5}{9}
+The answer is $-3 + 4i.$  ==  -3+4i
+# matrices
+\boxed{\begin{pmatrix}2&0\\0&5\end{pmatrix}}  ==  \begin{pmatrix} 2 & 0 \\ 0 & 5 \end{pmatrix}
+\boxed{\begin{pmatrix}\frac12\\3\end{pmatrix}}  ==  \begin{pmatrix} 0.5 \\ 3 \end{pmatrix}
+\boxed{\begin{bmatrix}1&4\\2&3\end{bmatrix}}  ==  \begin{pmatrix} 1 & 4 \\ 2 & 3 \end{pmatrix}
+\boxed{\begin{pmatrix}1&4\\2&3\end{pmatrix}}  !=  \begin{pmatrix} 1 & 4 \\ 3 & 2 \end{pmatrix}
+\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\boxed{\left(\begin{array}{c}1\\2\end{array}\right)}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+# equations
+\boxed{2x - 3y + 5 = 0}  ==  -2x + 3y - 5 = 0
+\boxed{y = 3x - 4}  ==  3x - y = 4
+\boxed{y = 3x - 4}  !=  y = 3x + 4
+\boxed{x + 2y = 4}  ==  2x + 4y = 8
+\boxed{x = 5}  !=  y = 5
+# synonyms
+\boxed{x \ge 3}  ==  x \geq 3
+\boxed{(4, +\infty)}  ==  (4,\infty)
+\boxed{12 \div 5}  ==  \frac{12}{5}
+\boxed{12 ÷ 5}  ==  \frac{12}{5}
+\boxed{3·5}  ==  15
+\boxed{(−∞, 2)}  ==  (-\infty, 2)
+\boxed{x \lt 6}  ==  x < 6
+\boxed{\lbrace 1, 2 \rbrace}  ==  \{1,2\}
+# joined lists and labels
+\boxed{5 \text{ and } 9}  ==  5,9
+\boxed{14 \text{ or } 3}  ==  3,14
+\boxed{(a,b) = (4,1)}  ==  (4,1)
+The answers are \boxed{2} and \boxed{-6}.  ==  2,-6
+First \boxed{2}. So we get \boxed{-6}.  ==  -6
+# a bare list is no half-open interval
+\boxed{0,3}  !=  (0,3]
+\boxed{[2,5)}  !=  2,5
+\boxed{(2,5)}  !=  [2,5]
+\boxed{\{2,5\}}  !=  (2,5)
+\boxed{(2,5)}  ==  2, 5
+# letters and functions
+\boxed{\frac{1}{\sqrt{m}}}  ==  \sqrt{1/m}
+\boxed{\sin x + 1}  ==  1 + \sin(x)
+\boxed{6!}  ==  720
+\boxed{\binom{6}{2}}  ==  15
+\boxed{2\theta + 1}  ==  1 + 2\theta
+\boxed{|x|}  !=  x
+\boxed{\alpha}  !=  \beta
+# near numbers are not equal where both are exact
+\boxed{71}  !=  12\sqrt{35}
+\boxed{\frac{2001}{2002}}  !=  \frac{2011}{2012}
+The answer is 3.1416  ==  \pi
+The answer is 3.15  !=  \pi
+"""
+
+
+def check_rows(table):
+    for row in table.strip().splitlines():
+        if row.startswith("# "):
+            continue
+        text, sign, gold = re.split("  (==|!=)  ", row.replace("⏎", "\n"))
+        answer = extract_answer(text)
+        assert is_equiv(answer, gold) == (sign == "=="), row
+        assert is_equiv(gold, answer) == (sign == "=="), row
+
+
+def test_answers_in_numbers_and_words():
+    check_rows(NUMBERS)
+
+
+@needs_latex
+def test_answers_in_latex():
+    check_rows(LATEX)
+
+
+# ---- Extraction ----
 
 
 @pytest.mark.parametrize(
     "text, answer",
     [
-        # "final answer is $...$. I hope"
         ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
         (r"so \boxed{24}. The final answer is $16$. I hope it is correct.", "16"),
-        # the last \boxed, nested braces, \fbox, no braces, cut short, empty
-        (r"so \boxed{3} and $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        # the last \boxed: nested braces, \fbox, no braces, cut short
+        (r"so \boxed{3} and so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"\boxed{\sqrt{\frac{a^{2}}{b}}} is it", r"\sqrt{\frac{a^{2}}{b}}"),
-        (r"\boxed{\{1, \{2\}\}} is it", r"\{1, \{2\}\}"),
         (r"we get \fbox{12}.", "12"),
         (r"so $x = \boxed 5$. Done, in 3 steps", "5"),
         (r"so $\boxed{7", "7"),
-        (r"\boxed{} from 4", "4"),
-        (r"boxed{11}", "11"),
         ("the boxed set costs 5 dollars", "5"),
-        (r"\boxed{18 \text{ cm}}", "18"),
-        (r"\boxed{\$1,234.50}", "1234.50"),
-        (r"\boxed{(1,234)}", "(1,234)"),
-        (r"\boxed{x = 5}", "5"),
-        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
-        # #### of GSM8K and of the demo, calculator marks, the first of several
+        # #### of GSM8K and of the demo: calculator marks, two spaces, the first of several
         ("12+7=<<12+7=19>>19.\n#### 19\n", "19"),
+        ("7 and 8 are 15.\n####  15 in 2 steps", "15"),
         ("#### -1,234", "-1234"),
         ("#### $12.50", "12.50"),
         ("#### 5\nmore #### 6", "5"),
         ("the answer is 60/2 = <<60/2=30>>30 a day.\n#### 90", "90"),
-        ("#### Step 2\nThe answer is 7.", "7"),
-        # the text after the last "he answer is"
-        ("The answer is 6.", "6"),
+        ("#### 2. Add them\nThe answer is 7.", "7"),
+        # the last "the answer is", to the end of its sentence
         ("the answer is: 6", "6"),
         ("The answer is\n\n6\nand so on, 8", "6"),
         ("The answer is 5. No, the answer is 6. I used 3 steps.", "6"),
-        ("The answer is 18 dollars per day.", "18"),
-        ("The answer is $1,234.50.", "1234.50"),
-        ("The answer is -$7.", "-7"),
-        ("The answer is −7 degrees.", "-7"),
-        ("The answer is 50%.", "50%"),
-        ("The answer is **12**.", "12"),
-        ("The answer is $12$.", "12"),
-        ("The answer is that 15 apples are left.", "15"),
-        ("The answer is 3 * 4 = 12.", "12"),
-        ("The answer is 3*4=<<3*4=12>>12 eggs.", "12"),
-        ("The answer is 3/4.", "3/4"),
-        ("The answer is 2 1/2 cups.", "2 1/2"),
-        (r"The answer is \frac{3}{4}.", r"\frac{3}{4}"),
-        ("The answer is 5x + 3.", "5x + 3"),
-        ("The answer is x^2.", "x^2"),
-        ("The answer is yes.", "yes"),
+        ("I say final answer is 9. It took 3 steps.", "9"),
+        ("The answer is $1,234.50.", "1,234.50"),
         ("The answer is .5", ".5"),
-        ("The answer is 5.", "5"),
-        ("The answer is 1.5e3.", "1.5e3"),
-        ("He has 4 cows. The answer is", "4"),
-        ("The final answer is 9.", "9"),
-        # choices
-        ("The answer is (C) 492 kms.", "C"),
-        ("the answer is: (b).", "B"),
-        ("The answer is D.", "D"),
-        ("so the choice is (E)", "E"),
-        ("The answer is A) 5", "A"),
+        ("The answer is **12**.", "12"),
+        ("The answer is yes.", "yes"),
+        ("the answer is (b). Why 7?", "B"),
         ("The answer is a 5", "a 5"),
         # the last number
-        ("She has 12 - 5 = 7 eggs", "7"),
+        ("He has 4 cows. The answer is", "4"),
         ("she has 12-5", "5"),
         ("it is −3", "-3"),
-        ("it is (-3)", "-3"),
         ("they cost $1,234,567.", "1234567"),
-        ("of 1,2 and 3,45 pick", "45"),
         ("it takes 3/4 of an hour", "3/4"),
         (r"about $2\frac{1}{2}$ cups", r"2\frac{1}{2}"),
-        ("it is 5.", "5"),
         ("a fall of 12.5%", "12.5%"),
-        ("costs $-5", "-5"),
-        # nothing
         ("", None),
         (None, None),
         ("no idea", None),
@@ -130,142 +227,75 @@ def test_extraction(text, answer):
     assert extract_answer(text) == answer
 
 
-def test_extraction_order():
-    """One text with every marker; strike out the one that won, and the next in order wins."""
+def test_each_marker_comes_before_the_next():
     parts = [
         "Final Answer: The final answer is $1$. I hope it is correct.",
-        r"\boxed{2}",
+        r"So \boxed{2}.",
         "#### 3",
         "So the answer is 4.",
         "That took 5 steps",
     ]
-    for first in range(5):
-        for text in ("\n".join(parts[first:]), "\n".join(reversed(parts[first:]))):
-            if "hope" in text and text.startswith("That"):
-                continue  # a minerva sentence is not last but its "answer is" is
-            expected = first + 1
-            assert extract_answer(text) == str(expected), text
+    for first in range(1, 6):
+        assert extract_answer("\n".join(parts[first - 1 :])) == str(first)
 
 
-# ---- comparison ----
-
-EQUAL = [
-    ("1,234", "1234"),
-    ("1234.0", "1234"),
-    ("$5", "5 dollars"),
-    ("5 dollars per day", "5"),
-    (r"\$5.00", "5"),
-    ("£3", "3"),
-    ("-5", "−5"),
-    ("-$5", "$-5"),
-    (".5", "0.5"),
-    ("5.", "5"),
-    ("007", "7"),
-    ("1/2", r"\frac{1}{2}"),
-    (r"\frac12", "0.5"),
-    (r"\dfrac{1}{2}", r"\tfrac12"),
-    (r"\frac1{72}", "1/72"),
-    (r"-\frac{3}{4}", "-0.75"),
-    ("2 1/2", "2.5"),
-    (r"2\frac{1}{2}", "5/2"),
-    (r"-2\frac12", "-2.5"),
-    ("1.5e3", "1500"),
-    (r"1.5 \times 10^3", "1500"),
-    ("2×10^{-2}", "0.02"),
-    (r"10,\!000", "10000"),
-    (r"10{,}000", "10,000"),
-    (r"5\text{ cm}", "5"),
-    (r"5 \text{ cm}^2", "5"),
-    ("5cm", "5 cm"),
-    ("9 (apples)", "9"),
-    (r"30^\circ", "30"),
-    (r"30^{\circ}", "30°"),
-    ("33.3333", "100/3"),
-    (r"x = \frac{1}{2}", "0.5"),
-    (r"x \in [2,5)", "[2,5)"),
-    (r"\left( \frac{1}{2}, 3 \right)", "(0.5,3)"),
-    ("(1,2)", "1, 2"),
-    (r"\{1,2\}", "1,2"),
-    ("((1,2),(3,4))", "((1.0,2),(3,4.0))"),
-    ("(C)", "C"),
-    (r"\text{(B)}", "b"),
-    ("Yes", "yes."),
-    ("x^2+2x+1", "(x+1)^2"),
-    ("2x+3", "3+2x"),
-    (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"),
-    (r"\sqrt{8}", r"2\sqrt2"),
-    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
-    (r"\sqrt[3]{27}", "3"),
-    ("sqrt(2)", "1.41421"),
-    (r"\frac{\pi}{2}", "π/2"),
-    ("2^3^2", "512"),
-    ("2-3-4", "-5"),
-    ("12/2/3", "2"),
-    ("-2^2", "-4"),
-    ("2(3+4)", "14"),
-    ("--5", "5"),
-    ("12_{5}", "12_5"),
-    (7, "7.0"),
-    (43.0, 43),
-    # the harness's tolerance and percentages
-    ("10000", "10001"),
-    ("0.5", "50"),
-    ("50", "0.5"),
-    ("50%", "0.5"),
-    (r"50\%", "50"),
-    ("75%", "3/4"),
-    ("0", "0.0"),
-]
-DIFFERENT = [
-    ("5", "6"),
-    ("5", "-5"),
-    ("100", "101"),
-    ("0", "0.0001"),
-    ("5", "5000"),
-    ("75", "3/4"),
-    ("2ab", "2"),
-    ("5x", "5"),
-    ("2 pi", "2"),
-    ("2 million", "2"),
-    ("3 and 4", "3"),
-    ("1 2", "12"),
-    (r"\frac{1}{23}", r"\frac{12}{3}"),
-    (r"2\frac{1}{2}", "1"),
-    ("(1,2)", "(2,1)"),
-    ("(1,2)", "[1,2]"),
-    ("(1,2)", "(1,2,3)"),
-    ("(1,100)", "(1,1)"),
-    ("(1,234)", "1234"),
-    ("1,2", "12"),
-    ("x+1", "x+2"),
-    ("x", "y"),
-    ("x", f"{evaluate('x'):.9f}"),  # a variable is not the value that it is tried at
-    ("north", "thorn"),
-    ("A", "B"),
-    ("9**9**9", "1"),
-    ("9^9^9", "9^9^9^9"),
-    ("1/0", "2/0"),
-    ("inf", "infinity"),
-    ("1e999", "1e998"),
-    ("((1)", "1"),
-    ("(1]", "1"),
-    ("", ""),
-    ("", "0"),
-    (None, None),
-    (None, "None"),
-    ("$", ""),
-    ("...", "."),
-]
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("So it is 16. The answer is (D).", "D"),
+        ("the answer is b", "B"),
+        ("The answer is E 12 km", "E"),
+        ("The answer is (a) 24, not (b).", "A"),
+        (r"\boxed{C}", "C"),
+        ("The answer is a number.", None),
+        ("I do not know.", None),
+    ],
+)
+def test_choice(text, letter):
+    assert extract_choice(text) == letter
 
 
-@pytest.mark.parametrize("a, b", EQUAL)
-def test_equal(a, b):
+# ---- Numbers ----
+
+EQUAL = """1,234 = 1234 | 1234.0 = 1234 | $5 = 5 dollars | 5 dollars per day = 5 | \\$5.00 = 5 | £3 = 3
+€3 = 3 | -5 = −5 | -$5 = $-5 | .5 = 0.5 | 5. = 5 | 007 = 7 | 1/2 = \\frac{1}{2} | \\frac12 = 0.5
+\\dfrac{1}{2} = \\tfrac12 | -\\frac{3}{4} = -0.75 | 2 1/2 = 2.5 | 2\\frac{1}{2} = 5/2 | 1.5e3 = 1500
+1.5E3 = 1500 | 10,\\!000 = 10000 | 10{,}000 = 10,000 | 5\\text{ cm} = 5 | 5cm = 5 cm | 5 cm^2 = 5
+5 \\text{ cm}^3 = 5 | 12 square feet = 12 | 9 (apples) = 9 | 30^\\circ = 30 | 30^{\\circ} = 30°
+33.3333 = 100/3 | 10000.5 = 10001.2 | 0.5 = 50 | 50% = 0.5 | 50\\% = 50 | 75% = 3/4 | 0 = 0.0
+\\left(5\\right) = 5 | (C) = C | \\text{(B)} = b | Yes = yes. | 12_{5} = 12_5 | 5th = 5"""
+DIFFERENT = """5 = 6 | 5 = -5 | 100 = 101 | 10000 = 10001 | 0 = 0.0001 | 5 = 5000 | 75 = 3/4 | 2ab = 2
+5x = 5 | x5 = 5 | 2 pi = 2 | 2 million = 2 | 3 and 4 = 3 | 1 2 = 12 | 100.0 = 100.05
+33.35 = 100/3 | \\frac{1}{23} = \\frac{12}{3} | (1,234) = 1234 | A = B | north = thorn
+Mon. 5 = Tue. 6 | 1/0 = 2/0 | 12_5 = 12 | 5 and a half = 5 | 5x^2 = 5"""
+
+
+@pytest.mark.parametrize("pair", re.split(r" \| |\n", EQUAL))
+def test_equal(pair):
+    a, b = pair.split(" = ")
     assert is_equiv(a, b) and is_equiv(b, a)
 
 
-@pytest.mark.parametrize("a, b", DIFFERENT)
-def test_different(a, b):
+@pytest.mark.parametrize("pair", re.split(r" \| |\n", DIFFERENT))
+def test_different(pair):
+    a, b = pair.split(" = ")
     assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+def test_a_name_before_the_equals_sign_is_a_label():
+    for name in ("x", "AB", "n"):
+        assert is_equiv(f"{name} = 5", "5") and is_equiv("7", f"{name} = 7.0")
+    assert is_equiv("3 + 4 = 7", "7")
+    assert not is_equiv("2x - y = 5", "5")
+
+
+def test_nothing_equals_nothing():
+    for a in ("", None, "$", "...", r"\text{}"):
+        assert not is_equiv(a, a) and not is_equiv(a, "0")
+
+
+def test_numbers_of_python():
+    assert is_equiv(7, "7.0") and is_equiv(43.0, 43)
 
 
 def test_percentage_can_be_switched_off():
@@ -277,17 +307,18 @@ integers = st.integers(-(10**9), 10**9)
 
 def spellings(n):
     """Ways to write the integer n that all mean n."""
-    sign, size = "-" * (n < 0), abs(n)
+    sign = "-" if n < 0 else ""
+    size = abs(n)
     yield from (f"{n}", f"{n:,}", f"{n}.0", f"{n}.", f"{n:,}.00", f" {n} ", f"{sign}${size:,}")
     yield from (f"{n} dollars", f"{n} kg", rf"{n}\text{{ cm}}", rf"\${n}", f"${n}$", f"x = {n}")
-    yield from (f"{2 * n}/2", rf"\frac{{{2 * n}}}{{2}}", f"{sign}0{size}", f"−{size}" * (n < 0))
-    yield from (rf"\left({n}\right)", f"{n}{{}}"[:-2], f"{sign}{size - 1} 1/1" * (size > 1))
+    yield from (f"{2 * n}/2", rf"\frac{{{2 * n}}}{{2}}", f"{sign}0{size}", rf"\left({n}\right)")
+    yield from (rf"\({n}\)", f"{size:,} km".replace(",", " ") if n > 0 else f"{n}")
 
 
 @steady
 @given(integers)
 def test_spellings_of_a_number_are_equal(n):
-    for spelling in filter(None, spellings(n)):
+    for spelling in spellings(n):
         assert is_equiv(spelling, str(n)), spelling
         assert is_equiv(str(n), spelling), spelling
 
@@ -295,144 +326,188 @@ def test_spellings_of_a_number_are_equal(n):
 @steady
 @given(integers, st.sampled_from(["The answer is {}.", "#### {}", r"so \boxed{{{}}}.", "it is {}"]))
 def test_a_number_comes_back_out_of_its_sentence(n, sentence):
-    for spelling in (f"{n}", f"{n:,}", f"{n}.25", f"{'-' * (n < 0)}${abs(n):,}"):
-        told = extract_answer("In 3 steps: " + sentence.format(spelling))
-        assert is_equiv(told, spelling, percentage=False), (told, spelling)
+    sign = "-" if n < 0 else ""
+    for spelling in (f"{n}", f"{n:,}", f"{n}.25", f"{sign}${abs(n):,}"):
+        answer = extract_answer("In 3 steps: " + sentence.format(spelling))
+        assert is_equiv(answer, spelling, percentage=False), (answer, spelling)
 
 
 @steady
 @given(integers, integers)
-def test_different_numbers_are_different(a, b):
-    close = [math.isclose(a, b * scale, rel_tol=1e-4) for scale in (1, 100, 0.01)]
-    assert is_equiv(str(a), f"{b:,}") == any(close)
+def test_different_integers_are_different(a, b):
+    assert is_equiv(str(a), f"{b:,}", percentage=False) == (a == b)
 
 
-@st.composite
-def arithmetic(draw, depth=3):
-    """(LaTeX, value) of a random expression, the value computed by Python alone."""
-    if depth == 0 or draw(st.booleans()):
-        n = draw(st.integers(1, 20))
-        return str(n), float(n)
-    (a, x), (b, y) = draw(arithmetic(depth - 1)), draw(arithmetic(depth - 1))
-    return draw(
-        st.sampled_from(
-            [
-                (f"({a}+{b})", x + y),
-                (f"({a}-{b})", x - y),
-                (rf"({a}) \cdot ({b})", x * y),
-                (f"({a})({b})", x * y),
-                (rf"\frac{{{a}}}{{{b}}}", x / y if y else math.nan),
-                (f"({a})^2", x * x),
-                (rf"\sqrt{{({a})^2}}", abs(x)),
-            ]
-        )
-    )
+# ---- LaTeX ----
+
+SAME = r"""x^2+2x+1 ~ (x+1)^2 | \sqrt{8} ~ 2\sqrt2 | \sqrt[3]{27} ~ 3 | \frac{\pi}{2} ~ π/2
+\frac{x}{7}+\frac{2}{7} ~ \frac{x+2}{7} | 1.5 \times 10^3 ~ 1500 | 2^{10} ~ 1024 | (0.5,3) ~ (\frac{1}{2},3)
+(0.6,2.6667] ~ (\frac{3}{5},\frac{8}{3}] | \pm 3 ~ 3,-3 | x \in [2,5) ~ [2,5) | 1000(26) ~ 26000
+2\sqrt{3} \text{ cm} ~ 2\sqrt{3} | e ~ 2.71828 | 15 apples ~ 3 \cdot 5 | 3 squared ~ 9 | \pi r^2 ~ r^2\pi"""
+OTHER = r"""(1,2) ~ (2,1) | (1,2) ~ [1,2] | (1,2) ~ (1,2,3) | x+1 ~ x+2 | x ~ y | \sqrt{2} ~ \sqrt{3}
+9^{9^{9^{9}}} ~ 1 | 1.42 ~ \sqrt{2} | a+b ~ a+c | x > 3 ~ x \ge 3 | \frac{22}{7} ~ \pi"""
 
 
-@steady
-@given(arithmetic())
-def test_evaluate_agrees_with_python(case):
-    text, expected = case
-    value = evaluate(normal(text))
-    if len(normal(text)) <= eval_math.LONGEST and math.isfinite(expected):
-        assert value is not None and math.isclose(abs(value - expected), 0, abs_tol=1e-6), text
+@needs_latex
+@pytest.mark.parametrize("pair", re.split(r" \| |\n", SAME))
+def test_same_latex(pair):
+    a, b = pair.split(" ~ ")
+    assert is_equiv(a, b) and is_equiv(b, a)
 
+
+@needs_latex
+@pytest.mark.parametrize("pair", re.split(r" \| |\n", OTHER))
+def test_other_latex(pair):
+    a, b = pair.split(" ~ ")
+    assert not is_equiv(a, b) and not is_equiv(b, a)
+
+
+def test_without_the_extra_text_and_numbers_still_count(monkeypatch):
+    monkeypatch.setattr(eval_math, "has_math_verify", lambda: False)
+    assert is_equiv(r"\dfrac{1}{2}", "0.5") and is_equiv(r"\sqrt 2", r"$\sqrt2$".replace("2", " 2"))
+    assert not is_equiv("(x+1)^2", "x^2+2x+1")
+
+
+@needs_latex
+def test_latex_is_compared_in_any_thread_and_in_bounded_time():
+    heavy = [
+        "9^{9^{9^{9}}}",
+        r"10^{10^{10}}!",
+        r"\sum_{k=1}^{10^{9}} \frac{1}{k^{k}}",
+        "(x+y)^{9999}",
+    ]
+    same_latex("x+1", "1+x")  # the worker is there
+    verdicts = {}
+
+    def judge(text):
+        verdicts[text] = is_equiv(text, "1"), is_equiv(r"\sqrt{8}", r"2\sqrt{2}")
+
+    threads = [threading.Thread(target=judge, args=(text,)) for text in heavy]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert time.perf_counter() - started < 10
+    assert verdicts == {text: (False, True) for text in heavy}
+
+
+@needs_latex
+def test_a_worker_that_died_is_replaced():
+    assert same_latex("x+1", "1+x")
+    worker = eval_math.start_worker(os.getpid())
+    worker.kill()
+    worker.wait()
+    same_latex("x+1", "1+x")
+    assert same_latex("x+1", "1+x") and eval_math.start_worker(os.getpid()) is not worker
+
+
+@needs_latex
+def test_no_text_is_run_as_code(tmp_path):
+    """Numbers are read without sympy's eval(), and nothing else of the grammar reaches it."""
+    source = eval_math.inspect.getsource(eval_math.latex_worker)
+    assert "builtins.eval = builtins.compile = None" in source
+    assert same_latex("2 + 720.5", "722.5")  # would fail if numbers still went through eval
+    target = tmp_path / "ran"
+    code = f"__import__('os').mkdir('{target}')"
+    for text in (code, rf"\text{{{code}}}", f"x_{{{code}}}", rf"\operatorname{{{code}}}(1)"):
+        is_equiv(text, "1")
+        same_latex(text, "1")
+    assert not target.exists()
+
+
+# ---- Any text ----
 
 HOSTILE = [
     "{" * 10_000,
     "(" * 140 + "1" + ")" * 140,
-    "9**9**9",
     "9^9^9^9",
     "2^" * 140 + "2",
     "-" * 299 + "1",
     "1" * 100_000,
     "1" * 150 + "/" + "0" * 149,
-    "1,111" * 10_000,
+    "1e999999999",
     "1 " * 10_000,
     r"\boxed{" * 10_000,
+    r"\boxed{1}, " * 10_000,
     r"\boxed" + " " * 100_000,
     r"\frac" * 60,
-    r"\sqrt[" * 50,
     r"\text{" * 5_000,
     "final answer is $" * 10_000,
-    "he answer is " * 10_000,
     "he answer is" + " :" * 50_000,
     "<<" * 10_000,
     "####" * 10_000,
     "[(1,2)," * 42,
     "5 " + "a " * 140,
-    "__import__('os').system('false')",
-    "(lambda: 0).__globals__",
     "٣٤",
-    "１２",
     "\0" * 10,
     "\ud800",
     "nan",
-    "1e999",
 ]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
-def test_hostile_text_is_answered_at_once(text, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("text of a model was run")
-
+def test_hostile_text_is_answered_at_once(text):
     started = time.process_time()
-    with monkeypatch.context() as patch:
-        for name in ("eval", "exec", "compile"):
-            patch.setattr(builtins, name, refuse)
-        answer = extract_answer(text)
-        for other in ("5", text, text + "1", answer):
-            assert is_equiv(text, other) == is_equiv(other, text)
+    answer = extract_answer(text)
+    for other in ("5", text, text + "1", answer):
+        assert is_equiv(text, other) == is_equiv(other, text)
     assert time.process_time() - started < 1
 
 
-def test_no_way_to_run_text():
-    """eval_math names no function that runs text, nor sympy, whose parsers do."""
-    tree = ast.parse(Path(eval_math.__file__).read_text())
-    called = {
-        n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and hasattr(n.func, "id")
-    }
-    assert not called & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}
-    assert "sympy" not in {n.name for n in ast.walk(tree) if isinstance(n, ast.alias)}
-
-
 PIECES = r"""\frac \boxed \text{ \sqrt { } ( ) [ ] , 1 2 30 0 x y + - * / ^ $ % = pi . \\ & ####
-<< >> – ½ ans he~answer~is final~answer~is~$ $.~I~hope ٣ inf e5 _ ! | \left million"""
+<< >> – ½ ans he~answer~is final~answer~is~$ $.~I~hope ٣ inf e5 _ ! | \left million and \begin{pmatrix}"""
 pieces = st.sampled_from(PIECES.split())
 noise = st.lists(pieces, max_size=40).map(lambda p: "".join(p).replace("~", " ")) | st.text()
 
 
 @steady
 @given(noise, noise)
-@example("", "\n")
 def test_any_text_is_answered(a, b):
     for text in (a, b):
         answer = extract_answer(text)
         assert answer is None or (isinstance(answer, str) and answer)
-        assert is_equiv(text, text) == (normal(text) != "")
+        assert is_equiv(text, text) == eval_math.says_something(tidy(text))
     assert is_equiv(a, b) == is_equiv(b, a)
 
 
-# ---- prompts ----
+# ---- Prompts ----
 
 
-def test_examples_are_right_and_in_form():
-    assert len(EXAMPLES) == 8
-    for text in EXAMPLES:
-        question, answer = re.fullmatch(r"Question: (.+\?)\nAnswer: (.+)", text).groups()
-        sums = re.findall(r"(\d[\d +*/-]*) = (\d+)", answer)
-        assert sums and all(evaluate(normal(left)) == float(right) for left, right in sums)
-        assert answer.endswith(f"The answer is {sums[-1][1]}.")
-        assert extract_answer(answer) == sums[-1][1]
+@pytest.mark.parametrize("form", PROMPTS)
+def test_examples_are_right_and_in_form(form):
+    asked, examples = PROMPTS[form]
+    head, tail = asked.split("{}")
+    assert len(examples) == (8 if form == "words" else 4)
+    for text in examples:
+        question, answer = text.removeprefix(head).split(tail)
+        assert text.startswith(head) and question and eval_math.BETWEEN not in text
+        for left, right in re.findall(r"(\d[\d. +*/:-]*) = (\d+(?:\.\d+)?)", answer):
+            if form != "math":
+                value = eval(left.replace(":", "/"))  # of our own text
+                assert value == pytest.approx(float(right)), left
+        if form == "choice":
+            assert f"({extract_choice(answer)})" in question
+        else:
+            said = answer.rsplit("The answer is", 1)[1].strip(" .$")
+            assert is_equiv(extract_answer(answer), extract_answer(said) or said)
 
 
 def test_prompt_form(encoding):
     tokens, kept = make_prompt(encoding, "Why?", 2, 10_000)
+    examples = PROMPTS["words"][1]
     assert kept == 2 and tokens[0] == encoding.eot_token
-    expected = f"{EXAMPLES[-2]}\n\n\n{EXAMPLES[-1]}\n\n\nQuestion: Why?\nAnswer:"
+    expected = f"{examples[-2]}\n\n\n{examples[-1]}\n\n\nQuestion: Why?\nAnswer:"
     assert encoding.decode(tokens[1:]) == expected
     assert encoding.decode(make_prompt(encoding, "Why?", 0, 99)[0][1:]) == "Question: Why?\nAnswer:"
+    tokens, _ = make_prompt(encoding, "Why?", 0, 99, "math")
+    assert encoding.decode(tokens[1:]) == "Problem:\nWhy?\nSolution:"
+
+
+def test_a_bos_token_starts_the_prompt_where_there_is_one(encoding):
+    parts = {name: getattr(encoding, name) for name in ("encode_ordinary", "decode", "n_vocab")}
+    with_bos = SimpleNamespace(**parts, eot_token=256, bos_token=7)
+    assert make_prompt(with_bos, "Why?", 0, 99)[0][0] == 7
 
 
 def test_examples_go_from_the_front_and_the_question_stays(encoding):
@@ -441,13 +516,12 @@ def test_examples_go_from_the_front_and_the_question_stays(encoding):
         tokens, kept = make_prompt(encoding, "Why?", 8, room)
         text = encoding.decode(tokens[1:])
         assert text.endswith("Question: Why?\nAnswer:") and text.count("Question: ") == kept + 1
-        assert text.startswith(EXAMPLES[8 - kept]) if kept else len(text) == 22
         assert len(tokens) <= room or kept == 0
         if kept < 8:  # one more would not have fitted
             assert len(make_prompt(encoding, "Why?", kept + 1, 10**6)[0]) > room
 
 
-# ---- answers ----
+# ---- Answers ----
 
 
 class Parrot(torch.nn.Module):
@@ -455,7 +529,8 @@ class Parrot(torch.nn.Module):
 
     def __init__(self, replies, block_size=4096):
         super().__init__()
-        self.replies, self.config = replies, SimpleNamespace(block_size=block_size)
+        self.replies = replies
+        self.config = SimpleNamespace(block_size=block_size)
         self.calls = []
 
 
@@ -467,10 +542,11 @@ def parrot(monkeypatch, encoding):
         model.calls.append((len(prompts), max_new_tokens))
         answers = []
         for prompt in prompts:
-            assert prompt[0] == encoding.eot_token
-            question = encoding.decode(prompt[1:]).rsplit("Question: ", 1)[1]
-            reply = model.replies[question.removesuffix("\nAnswer:")]
-            tokens = encoding.encode_ordinary(reply)[:max_new_tokens]
+            asked = encoding.decode(prompt[1:])
+            question = re.split(r"Question: |Problem:\n", asked)[-1]
+            reply = model.replies[re.split("\nAnswer:|\nSolution:", question)[0]]
+            tokens = reply if isinstance(reply, list) else encoding.encode_ordinary(reply)
+            tokens = tokens[:max_new_tokens]
             answers.append(tokens[: next((i for i, t in enumerate(tokens) if t in stop), None)])
         return answers
 
@@ -517,9 +593,32 @@ def test_mode_comes_back_after_an_error(parrot, encoding):
     assert model.training
 
 
-def test_completion_ends_at_three_line_breaks(parrot, encoding):
-    model = parrot({"One?": " 1\n\n\nUnrelated 2"})
-    assert answer_questions(model, encoding, QUESTIONS[1:2])[0]["completion"] == "1"
+@pytest.mark.parametrize("next_one", ["\n\n\nUnrelated", "\nQuestion: 2?", "\nProblem: 2 + 2?"])
+def test_completion_ends_where_the_next_question_begins(parrot, encoding, next_one):
+    model = parrot({"One?": f" It is 1{next_one} 7"})
+    assert answer_questions(model, encoding, QUESTIONS[1:2])[0]["completion"] == "It is 1"
+
+
+def test_ids_beyond_the_vocabulary_are_left_out(parrot, encoding):
+    """A model's matrix may have more rows than its tokenizer has tokens."""
+    bare = SimpleNamespace(
+        encode_ordinary=encoding.encode_ordinary, n_vocab=257, eot_token=256, decode=strict_decode
+    )
+    model = parrot({"One?": [ord(" "), 257, ord("1"), 300]})
+    [record] = answer_questions(model, bare, QUESTIONS[1:2])
+    assert record["completion"] == "1" and record["correct"]
+
+
+def strict_decode(tokens):
+    return bytes(tokens).decode()  # raises at 256 and above
+
+
+def test_choices_are_judged_by_their_letter(parrot, encoding):
+    question = {"question": "Which?\n(A) 3, (B) 4", "answer": "B", "prompt": "choice"}
+    question["kind"] = "choice"
+    model = parrot({question["question"]: " It is 4. The answer is (B)."})
+    [record] = answer_questions(model, encoding, [question], shots=4)
+    assert record["correct"] and record["prediction"] == "B" and record["shots"] == 4
 
 
 def test_small_block(parrot, encoding):
@@ -532,16 +631,12 @@ def test_small_block(parrot, encoding):
     room = parrot(REPLIES, block_size=512)
     shots = answer_questions(room, encoding, QUESTIONS[1:2], 8, max_new_tokens=200)[0]["shots"]
     assert 0 < shots < 8 and room.calls == [(1, 200)]
+    assert answer_questions(room, encoding, []) == []
 
 
-def test_no_questions(parrot, encoding):
-    assert answer_questions(parrot({}), encoding, []) == []
-
-
-def tiny_gpt(vocab_size=257, block_size=256):
+def tiny_gpt():
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    return GPT(config)
+    return GPT(GPTConfig(257, 256, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
 
 
 def test_real_model_answers_alike_in_any_batch(encoding):
@@ -554,40 +649,77 @@ def test_wilson_interval():
     # 8 of 10: (8 + 1.92073 ± 1.959964 · sqrt(8 · 2 / 10 + 0.960365)) / (10 + 3.841459)
     assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
     assert wilson_interval(0, 20) == pytest.approx((0, 0.161125), abs=1e-6)
-    assert wilson_interval(20, 20) == pytest.approx((0.838875, 1), abs=1e-6)
     assert wilson_interval(0, 0) == (0, 1)
+    low, high = wilson_interval(3, 20)
+    assert (1 - high, 1 - low) == pytest.approx(wilson_interval(17, 20), abs=1e-9)
 
 
-@steady
-@given(st.integers(0, 2000), st.integers(1, 2000))
-def test_wilson_interval_holds_the_share(right, n):
-    right = min(right, n)
-    lo, hi = wilson_interval(right, n)
-    assert 0 <= lo <= right / n + 1e-12 and right / n <= hi + 1e-12 <= 1 + 1e-12
-    flipped = wilson_interval(n - right, n)
-    assert (1 - hi, 1 - lo) == pytest.approx(flipped, abs=1e-9)
+# ---- The sets ----
+
+CHOICE_END = {"prompt": "choice", "kind": "choice"}
+TABLE = {"table_title": "Pens", "table": "red | 3\nblue | 4", "question": "How many?"}
+MMLU = {"question": "P", "subject": "astronomy", "choices": ["x", "y", "z", "w"], "answer": 2}
+SETS = [  # task, a row in its public form, what is read
+    ("gsm8k", {"question": "Q?", "answer": "so\n#### 5"}, "Q?", "so\n#### 5"),
+    ("math", {"problem": "P", "solution": r"It is $\boxed{2}$.", "level": "1"}, "P", "boxed"),
+    ("svamp", {"Body": "Ann has 3", "Question": "All?", "Answer": 3.0}, "Ann has 3. All?", "3.0"),
+    ("asdiv", {"body": "B.", "question": "Q?", "answer": "9 (apples)"}, "B. Q?", "9 (apples)"),
+    ("mawps", {"input": "I?", "target": 43.0}, "I?", "43.0"),
+    ("mawps", {"question": "I?", "result": "43"}, "I?", "43"),
+    ("tabmwp", {**TABLE, "choices": None, "answer": "7"},
+     "Here is a table of Pens.\nred | 3\nblue | 4\nHow many?", "7"),
+    ("tabmwp", {**TABLE, "choices": ["6", "7"], "answer": "7"},
+     "Here is a table of Pens.\nred | 3\nblue | 4\nHow many? Choose from: 6, 7.", "7"),
+    ("mathqa", {"Problem": "P", "options": "a ) 1 , 200 , b ) 16", "correct": "b"},
+     "P\n(A) 1 , 200, (B) 16", "B"),
+    ("mathqa", {"Problem": "P", "options": "['a ) 12', 'b ) 16']", "correct": "a"},
+     "P\n(A) 12, (B) 16", "A"),
+    ("mmlu_stem", MMLU, "P\n(A) x, (B) y, (C) z, (D) w", "C"),
+    ("sat", {"Question": "P", "options": "A) $f(-6)=0$ B) $f(6)=-6$", "Answer": "A"},
+     "P\n(A) $f(-6)=0$, (B) $f(6)=-6$", "A"),
+]  # fmt: skip
 
 
-# ---- files and the command ----
-
-
-@pytest.mark.parametrize(
-    "row, question, answer",
-    [
-        ({"question": "Q?", "answer": "so\n#### 5"}, "Q?", "so\n#### 5"),  # GSM8K
-        ({"problem": "P", "solution": r"\boxed{2}"}, "P", r"\boxed{2}"),  # MATH
-        ({"Body": "Ann has 3.", "Question": "All?", "Answer": 3.0}, "Ann has 3. All?", "3.0"),
-        ({"Body": "Ann has 3", "Question": "All?", "Answer": 0}, "Ann has 3. All?", "0"),  # SVAMP
-        ({"body": "B.", "question": "Q?", "answer": "9 (apples)"}, "B. Q?", "9 (apples)"),  # ASDiv
-        ({"input": "I?", "target": 43.0, "idx": 0}, "I?", "43.0"),  # MAWPS
-        ({"question": "", "problem": "P", "answer": None, "solution": "1"}, "P", "1"),
-    ],
-)
-def test_fields_of_the_sets(tmp_path, row, question, answer):
+@pytest.mark.parametrize("task, row, question, answer", SETS)
+def test_a_set_is_read_from_its_public_file(tmp_path, task, row, question, answer):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    assert load_questions(str(path)) == [{"question": question, "answer": answer}] * 2
-    assert len(load_questions(str(path), 1)) == 1
+    read = load_questions(task, file=path)
+    assert len(read) == 2 and len(load_questions(task, 1, file=path)) == 1
+    assert read[0]["question"] == question and answer in read[0]["answer"]
+    assert read[0].get("prompt", "words") == TASKS[task].prompt
+
+
+def test_files_of_json_lists_and_objects_xml_and_csv(tmp_path):
+    row = {"Question": "Q?", "Answer": 3}
+    forms = {
+        "svamp.json": json.dumps([row, row]),
+        "tabmwp.json": json.dumps({"1": {**row, "table": "a | 3"}}),
+        "lines.json": json.dumps(row) + "\n" + json.dumps(row),
+        "asdiv.xml": "<M><Problem ID='1'><Body>B.</Body><Question>Q?</Question>"
+        "<Answer>9 (apples)</Answer></Problem></M>",
+        "sat.csv": 'Question,Possible Answers,Answer\n"P, or?","A) 1 B) 2",B\n',
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_text(content)
+    read = {name: load_questions(name.split(".")[0], file=tmp_path / name) for name in forms
+            if name != "lines.json"}  # fmt: skip
+    assert read["svamp.json"] == [{"question": "Q?", "answer": "3"}] * 2
+    assert read["tabmwp.json"][0]["question"] == "Here is a table.\na | 3\nQ?"
+    assert read["asdiv.xml"] == [{"question": "B. Q?", "answer": "9 (apples)"}]
+    assert read["sat.csv"][0]["question"] == "P, or?\n(A) 1, (B) 2"
+    assert len(load_questions(str(tmp_path / "lines.json"))) == 2
+
+
+def test_only_rows_that_the_paper_counts(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(
+        "".join(json.dumps({**MMLU, "subject": s}) + "\n" for s in ("law", "astronomy"))
+    )
+    assert len(load_questions("mmlu_stem", file=path)) == 1
+    rows = [{"body": "B", "question": "Q?", "answer": a} for a in ("3", "3; 4")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_questions("asdiv", file=path)) == 1
 
 
 GOOD = b'{"question": "One?", "answer": "1"}\n'
@@ -598,11 +730,9 @@ GOOD = b'{"question": "One?", "answer": "1"}\n'
     [
         (GOOD + b'{"question": "Tw', ":2:"),
         (GOOD + b"\xff\xfe\n", ":2:"),
-        (GOOD + b"\n" + GOOD, ":2:"),
         (b"[1, 2]\n", ":1:"),
         (b"[" * 100_000 + b"\n", ":1:"),
         (GOOD + b'{"question": "Two?"}\n', ":2:"),
-        (b'{"answer": "2"}\n', ":1:"),
         (b'{"question": null, "answer": "2"}\n', ":1:"),
         (b"", "no questions"),
     ],
@@ -610,23 +740,37 @@ GOOD = b'{"question": "One?", "answer": "1"}\n'
 def test_bad_file_is_named_with_its_line(tmp_path, content, where):
     path = tmp_path / "set.jsonl"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(str(path))) as error:
-        load_questions(str(path))
-    assert where in str(error.value) and "\n" not in str(error.value)
+    for arguments in ({"task": str(path)}, {"task": "gsm8k", "file": path}):
+        with pytest.raises(InputError, match=re.escape(str(path))) as error:
+            load_questions(**arguments)
+        assert where in str(error.value) and "\n" not in str(error.value)
 
 
-def test_gsm8k(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(5)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    assert load_questions("gsm8k", 3) == rows[:3]
+@pytest.mark.parametrize("task", TASKS)
+def test_the_hub_is_asked_for_the_set_and_its_failure_is_one_line(monkeypatch, task):
+    datasets = pytest.importorskip("datasets", reason="the hub is reached through it")
+    row = next(row for name, row, *_ in SETS if name == task)
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((*arguments, keywords["split"]))
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_questions(task)) == 1
+    hub, _, config = TASKS[task].hub.partition(":")
+    assert asked == [(hub, config or None, TASKS[task].split)]
 
     def offline(*_, **__):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match="--task FILE.jsonl"):
-        load_questions("gsm8k")
+    with pytest.raises(InputError, match=f"{task}: .*--file PATH") as error:
+        load_questions(task)
+    assert "\n" not in str(error.value)
+
+
+# ---- The command ----
 
 
 @pytest.fixture
@@ -634,9 +778,9 @@ def folder(tmp_path, monkeypatch):
     """A working folder with the checkpoint of a tiny random model, and questions."""
     monkeypatch.chdir(tmp_path)
     model = tiny_gpt()
-    config = vars(model.config) | {}
-    checkpoint = {"model_config": config, "model": model.state_dict(), "tokenizer": BYTES}
-    torch.save(checkpoint, tmp_path / "slm.pt")
+    ranks = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    checkpoint = {"model_config": vars(model.config), "model": model.state_dict()}
+    torch.save({**checkpoint, "tokenizer": {**BYTES, "ranks": ranks}}, tmp_path / "slm.pt")
     (tmp_path / "data/demo").mkdir(parents=True)
     lines = "".join(json.dumps(q) + "\n" for q in QUESTIONS)
     (tmp_path / "data/demo/questions.jsonl").write_text(lines)
@@ -649,11 +793,11 @@ def test_end_to_end(folder, capsys):
     assert [r["question"] for r in records] == [q["question"] for q in QUESTIONS[:3]]
     fields = {"question", "completion", "prediction", "gold", "correct", "shots"}
     assert all(set(r) == fields and r["shots"] == 0 for r in records)
-    assert all(r["correct"] == is_equiv(r["prediction"], r["gold"]) for r in records)
     right = sum(r["correct"] for r in records)
     out = capsys.readouterr().out
-    lo, hi = wilson_interval(right, 3)
-    assert f"demo: {right} of 3 right, {right / 3:.1%}" in out and f"{lo:.1%} to {hi:.1%}" in out
+    low, high = wilson_interval(right, 3)
+    assert f"demo: {right} of 3 right, {right / 3:.1%}" in out and f"{low:.1%} to {high:.1%}" in out
+    assert out.count("Question: ") == 3 and out.count("[wrong, it is ") + out.count("[right]") == 3
     assert "slm.demo.answers.jsonl" in out
 
 
@@ -663,18 +807,40 @@ def test_a_file_as_task_has_examples_by_default(folder, capsys):
     records = [json.loads(line) for line in (folder / "new/a.jsonl").open()]
     assert all(0 < r["shots"] < 8 for r in records)  # 8 do not fit into 256 bytes
     assert "4 prompts shortened" in capsys.readouterr().out
-    main([*arguments, "--max_new_tokens", "20", "--shots", "1"])
-    assert [json.loads(line)["shots"] for line in (folder / "new/a.jsonl").open()] == [1] * 4
 
 
-def refused(arguments, capsys):
-    """The one line (bar aside) that main prints to stderr, having left with status 2."""
+def test_all_prints_the_paper_beside_our_run(folder, capsys, monkeypatch, parrot):
+    for task, row, *_ in SETS:
+        (folder / "sets").mkdir(exist_ok=True)
+        (folder / f"sets/{task}.jsonl").write_text(json.dumps(row))
+    (folder / "sets/sat.jsonl").unlink()
+    monkeypatch.setattr(
+        eval_math, "generate", lambda model, prompts, *_: [[ord("5")]] * len(prompts)
+    )
+    main(["--ckpt", "slm.pt", "--task", "all", "--file", "sets", "--max_new_tokens", "9"])
+    out, err = capsys.readouterr()
+    assert "sets/sat.jsonl not found" in err  # and the rest is answered
+    table = out[out.index("CLM") :]
+    assert re.search(r"gsm8k +100\.0 +6\.4 +29\.8", table)
+    assert re.search(r"svamp +0\.0 +21\.7 +49\.2", table)
+    clm = sum(float(task.clm) for task in TASKS.values() if task.name != "sat") / 8
+    assert re.search(rf"mean of 8 +12\.5 +{clm:.1f} ", table)
+    assert (folder / "slm.mathqa.answers.jsonl").exists()
+
+
+def test_the_paper_s_means():
+    for column, mean in (("clm", 21.6), ("slm", 38.1)):
+        values = [float(getattr(task, column)) for task in TASKS.values()]
+        assert len(values) == 9 and round(sum(values) / 9, 1) == pytest.approx(mean, abs=0.11)
+
+
+def refused(arguments, capsys, status=2):
+    """The one line (bar aside) that main prints to stderr, having left with this status."""
     with pytest.raises(SystemExit) as error:
         main(arguments)
-    assert error.value.code == 2
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "batch/s" not in line]
-    assert out == "" and len([line for line in lines if line.strip()]) == 1, err
+    assert error.value.code == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if "batch/s" not in line]
+    assert len([line for line in lines if line.strip()]) == 1, lines
     return lines[-1]
 
 
@@ -685,24 +851,21 @@ def refused(arguments, capsys):
         (["--ckpt", "none.pt"], "none.pt not found. Run: python rho.py --stage slm"),
         (["--ckpt", "cut.pt"], "cut.pt"),
         (["--ckpt", "empty.pt"], "empty.pt"),
-        (["--ckpt", "text.pt"], "text.pt"),
         (["--ckpt", "other.pt"], "other.pt"),
         (["--ckpt", "no_tokenizer.pt"], "no_tokenizer.pt"),
         (["--ckpt", "wrong_shape.pt"], "wrong_shape.pt"),
         (["--ckpt", "."], "."),
         (["--task", "gsm9k"], "gsm9k"),
-        (["--task", "none.jsonl"], "none.jsonl"),
         (["--task", "bad.jsonl"], "bad.jsonl:1"),
+        (["--task", "svamp", "--file", "none.json"], "none.json"),
+        (["--task", "slm.pt", "--file", "slm.pt"], "--file"),
         (["--data", "data/none"], "python prepare_data.py"),
         (["--n", "0"], "--n"),
-        (["--n", "-3"], "--n"),
         (["--n", "many"], "--n"),
-        (["--shots", "-1"], "--shots"),
         (["--shots", "9"], "--shots"),
         (["--batch_size", "0"], "--batch_size"),
         (["--max_new_tokens", "0"], "--max_new_tokens"),
         (["--device", "abacus"], "--device"),
-        (["--temperature", "1"], "--temperature"),
         (["--max", "5"], "--max"),  # no abbreviations
         (["--out", "slm.pt/a.jsonl"], "slm.pt"),
     ],
@@ -711,7 +874,6 @@ def test_bad_input(folder, capsys, arguments, said):
     whole = (folder / "slm.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pt").write_bytes(b"")
-    (folder / "text.pt").write_text("no checkpoint")
     (folder / "bad.jsonl").write_text("{")
     good = torch.load(folder / "slm.pt", weights_only=True)
     torch.save({"weights": 1}, folder / "other.pt")
@@ -722,14 +884,6 @@ def test_bad_input(folder, capsys, arguments, said):
     ckpt = [] if "--ckpt" in arguments or not arguments else ["--ckpt", "slm.pt"]
     assert said in refused([*ckpt, *arguments], capsys)
     assert sorted(folder.rglob("*")) == before
-
-
-def test_long_error_of_loading_is_one_line(folder, capsys, monkeypatch):
-    def mismatch(*_):
-        raise RuntimeError("Error(s) in loading state_dict:\n\tsize mismatch\n\tand another")
-
-    monkeypatch.setattr(eval_math, "load_model", mismatch)
-    assert "slm.pt" in refused(["--ckpt", "slm.pt"], capsys)
 
 
 @pytest.mark.parametrize("fails", ["replace", "dumps"])
@@ -746,21 +900,36 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(folder, capsys, monkeypa
     assert (folder / "a.jsonl").read_text() == "old" and sorted(folder.rglob("*")) == before
 
 
+def test_ctrl_c_ends_in_one_line(folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_math, "generate", interrupted)
+    before = sorted(folder.rglob("*"))
+    said = refused(["--ckpt", "slm.pt", "--max_new_tokens", "5"], capsys, status=130)
+    assert said == "interrupted; the same command starts again"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_hugging_face_folder_is_a_checkpoint(folder, capsys, monkeypatch):
+    checkpoint = torch.load(folder / "slm.pt", weights_only=True)
+    (folder / "llama").mkdir()
+
+    def load_model(path, device):
+        assert path == "llama/"
+        return tiny_gpt(), {"tokenizer": checkpoint["tokenizer"]}
+
+    monkeypatch.setattr(eval_math, "load_model", load_model)
+    main(["--ckpt", "llama/", "--n", "1", "--max_new_tokens", "5"])
+    assert (folder / "llama.demo.answers.jsonl").exists()
+    monkeypatch.setattr(eval_math, "load_model", lambda *_: (tiny_gpt(), {}))
+    assert "llama has no tokenizer" in refused(["--ckpt", "llama"], capsys)
+
+
 def test_help_explains_each_flag(capsys):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit):
         main(["-h"])
-    assert error.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in (
-        "ckpt",
-        "task",
-        "data",
-        "n",
-        "shots",
-        "batch_size",
-        "max_new_tokens",
-        "out",
-        "device",
-    ):
-        usage = text.split("options:")[1].split(f"--{flag} ", 1)[1]
-        assert re.match(r"(\{[^}]*\}|[A-Z_]+) [a-zA-Z(]", usage), flag
+    for name in "ckpt task file data n shots batch_size max_new_tokens out device".split():
+        usage = text.split("options:")[1].split(f"--{name} ", 1)[1]
+        assert re.match(r"(\{[^}]*\}|[A-Z_]+) [a-zA-Z(]", usage), name
