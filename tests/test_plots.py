@@ -142,9 +142,12 @@ def test_sweeps_draw_where_the_published_runs_ended(drawn):
     ends = [np.mean(logs.ends(f"ratio-{r}", "right")) for r in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)]
     assert ratio.get_lines()[0].get_ydata() == pytest.approx(ends)
     # Five seeds have a reference, but a sweep only three: no mean may mix them.
-    three = [logs.value(logs.published("ref")[seed][-1], "right") for seed in (1, 2, 3)]
-    assert np.isclose(reference.get_lines()[0].get_xdata(), np.mean(three)).any()
-    assert np.mean(three) != np.mean(logs.ends("ref", "right"))
+    expected = []
+    for run in ["ref", *(f"ref-{name}" for name in plots.REFERENCES)]:
+        found = logs.published(run)
+        expected.append(np.mean([logs.value(found[seed][-1], "right") for seed in (1, 2, 3)]))
+    assert reference.get_lines()[0].get_xdata() == pytest.approx(sorted(expected))
+    assert len(logs.published("ref")) == 5
 
 
 def test_growth_draws_its_log(drawn, tmp_path, monkeypatch):
@@ -264,18 +267,19 @@ def starts_page(losses, drawn, i):
 
 # ---- the page of tokens --------------------------------------------------------------------------
 
-HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & "
+HOSTILE = ["</script><script>alert(1)</script>", "<!-- ", "\u2028", "&amp;", "\"'\\"]
 
 
 @pytest.fixture
 def page(tmp_path):
-    """The page of three runs on hostile text, a byte a token; and the losses behind it."""
+    """The page of three runs on hostile text, and the losses behind it."""
     n = 40
-    ranks = [base64.b64encode(bytes([b])).decode() for b in range(256)]
-    spec = {"name": "bytes", "ranks": ranks, "pat_str": "(?s).", "eot": 256, "n_vocab": 257}
+    words = [bytes([b]) for b in range(256)] + [word.encode() for word in HOSTILE]
+    ranks = [base64.b64encode(word).decode() for word in words]
+    spec = {"name": "hostile", "ranks": ranks, "pat_str": "(?s).", "eot": 261, "n_vocab": 262}
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": spec, "dtype": "uint16"}))
-    text = np.frombuffer(HOSTILE.encode(), np.uint8).astype(np.uint16)
-    text.tofile(tmp_path / "val_corpus.bin")
+    text = np.arange(n + 1) % 6 + 256  # the hostile words and end-of-text, again and again
+    text.astype(np.uint16).tofile(tmp_path / "val_corpus.bin")
     losses = {}
     for number, run in enumerate(("ref", "clm", "slm", "slm-random")):
         records = make_log(run, [1, 2, 3], [3, 2, 1])
@@ -299,8 +303,9 @@ def test_page_of_tokens_is_escaped_whatever_the_text_holds(page):
     """A page that let the corpus out of its data would run what the corpus says."""
     html, _ = page
     assert html.count("<script") == html.count("</script>") == 2  # its own
-    assert "\u2028" not in html and "http" not in html.replace("http-equiv", "")
-    assert "".join(data_of(html)["text"][:38]) == HOSTILE[1:39]
+    assert "\u2028" not in html and "<!--" not in html
+    assert not re.search(r"https?:|src=|@import|url\(", html)  # nothing comes from a network
+    assert data_of(html)["text"][:6] == [*HOSTILE[1:], "<|endoftext|>", HOSTILE[0]]
 
 
 def test_page_of_tokens_holds_every_run_token_and_evaluation(page):
