@@ -3,23 +3,30 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test results clean
+.PHONY: demo test results results-real clean
 
 demo: .venv/demo
 	$(PY) rho.py
+	$(PY) results/plots.py out/demo
+	$(PY) results/tokens_page.py out/demo
 
 test: .venv/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
 
-# Every published run again, two single-threaded ones at a time: hours. See results/figures.py.
+# Every published run again, two single-threaded ones at a time: hours. An interrupted one resumes.
 results: .venv/demo
 	$(PY) prepare_data.py
-	mkdir -p out && $(PY) results/figures.py commands | tr '\n' '\0' > out/jobs
-	PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 xargs -0 -n1 -P2 sh -c < out/jobs
-	$(PY) results/figures.py collect
-	$(PY) results/figures.py
+	$(PY) results/experiments.py | $(TWO_AT_A_TIME)
+	$(PY) results/logs.py --collect
+
+# The runs on real text: PACK names the folder that the text was unpacked into.
+results-real: .venv/demo
+	$(PY) results/experiments.py real | $(TWO_AT_A_TIME)
+	$(PY) results/logs.py --collect
+
+TWO_AT_A_TIME = tr '\n' '\0' | PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 xargs -0 -n1 -P2 sh -c
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,7 +34,7 @@ results: .venv/demo
 	touch $@
 
 .venv/test: .venv/demo
-	$(INSTALL) safetensors tokenizers sympy pytest hypothesis ruff transformers psutil
+	$(INSTALL) safetensors tokenizers math-verify zstandard pytest hypothesis ruff transformers psutil
 	touch $@
 
 clean:

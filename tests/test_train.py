@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from rho import Config, Run, Windows, batch, learning_rate, score_corpus, train_
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_inner": 32, "block_size": 64}
 QUICK = {"batch_size": 4, "micro_batch": 4, "tokens": 2560, "ref_tokens": 2560, "device": "cpu"}
-LOOKS = {"evals": 5, "eval_windows": 4, "questions": 3}
+EVALUATIONS = {"evals": 5, "eval_windows": 4, "questions": 3}
 
 
 @pytest.fixture
 def cfg(tiny_data, tmp_path):
     return Config(
-        data=str(tiny_data), out=str(tmp_path / "out"), ratio=0.6, **SMALL, **QUICK, **LOOKS
+        data=str(tiny_data), out=str(tmp_path / "out"), ratio=0.6, **SMALL, **QUICK, **EVALUATIONS
     )
 
 
@@ -116,6 +117,59 @@ def test_training_equals_the_plain_definition(cfg, optimizer):
     assert apart(trained, go(cfg, "slm", select="loss")[0], cfg) > 0.2
 
 
+@pytest.mark.parametrize("flags", [{}, {"threshold": 0.05}, {"micro_batch": 2}])
+def test_the_fast_form_trains_as_the_plain_functions_do(cfg, flags):
+    go(cfg, "ref")
+    fast, records = go(cfg, "slm", **flags)
+    plain, again = go(cfg, "slm", name="plain", fast=False, **flags)
+    assert apart(fast, plain, cfg) < 0.02
+    assert records[-1]["val_loss"] == pytest.approx(again[-1]["val_loss"], abs=1e-4)
+    assert abs(records[-1]["trained"] - again[-1]["trained"]) <= 2  # ties at the threshold
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_rule_per_sequence_sees_sequences(cfg, monkeypatch, fast):
+    """What the text calls (B, T) is (B, T): half of each window, and no less of any."""
+    seen = []
+
+    def half_of_each_window(score, ratio, threshold, valid):
+        assert score.shape == valid.shape == (4, 64)
+        best = score.topk(32, dim=1).indices
+        mask = torch.zeros_like(valid).scatter(1, best, True)
+        seen.append(mask)
+        return mask
+
+    go(cfg, "ref")
+    monkeypatch.setattr(rho, "select_tokens", half_of_each_window)
+    _, records = go(cfg, "slm", fast=fast)
+    assert len(seen) == 10 and all((mask.sum(1) == 32).all() for mask in seen)
+    assert records[-1]["trained"] == 10 * 4 * 32
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_soft_weights_train_in_either_form(cfg, monkeypatch, fast):
+    """A selection may weigh instead of choose; both forms move the weights alike."""
+
+    def weigh(score, ratio, threshold, valid):
+        return torch.sigmoid(2 * score)
+
+    go(cfg, "ref")
+    monkeypatch.setattr(rho, "select_tokens", weigh)
+    soft, records = go(cfg, "slm", fast=fast)
+    other, _ = go(cfg, "slm", name="other", fast=not fast)
+    assert apart(soft, other, cfg) < 0.02 < apart(soft, go(cfg, "clm")[0], cfg)
+    assert records[-1]["trained"] == 2560  # every token has a weight
+
+
+def test_the_whole_sequence_stays_the_input(cfg):
+    """Before the first step both arms have the same losses: the mask hides nothing from them."""
+    go(cfg, "ref")
+    cfg = replace(cfg, tokens=256, evals=1)
+    slm, clm = go(cfg, "slm")[1][-1], go(cfg, "clm")[1][-1]
+    assert slm["student_loss"] == pytest.approx(clm["student_loss"], abs=1e-6)
+    assert slm["trained"] == round(0.6 * 256) and clm["trained"] == 256
+
+
 def test_ratio_one_is_plain_clm(cfg):
     go(cfg, "ref")
     assert same(go(cfg, "clm")[0], go(cfg, "slm", ratio=1.0)[0])
@@ -142,8 +196,34 @@ def test_random_control_trains_on_as_many_other_tokens(cfg):
     assert same(random[0], go(cfg, "slm", select="random", name="again")[0])
 
 
+def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
+    go(cfg, "ref")
+    model, records = go(cfg, "slm", threshold=50.0, name="nothing")
+    torch.manual_seed(cfg.seed)
+    assert same(model, GPT(model.config))  # not even weight decay moved it
+    assert records[-1]["trained"] == 0 and records[-1]["empty_steps"] == 2
+    assert "2 steps selected no token" in capsys.readouterr().out
+
+
+def test_momentum_moves_nothing_while_nothing_is_selected(cfg, monkeypatch):
+    """Muon normalises: stale momentum alone would move the weights at full speed."""
+    go(cfg, "ref")
+    real, calls = rho.select_tokens, []
+
+    def then_nothing(score, *rest):
+        calls.append(1)
+        return real(score, *rest) & (len(calls) <= 5)
+
+    monkeypatch.setattr(rho, "select_tokens", then_nothing)
+    model, records = go(cfg, "slm", name="half", evals=2)
+    monkeypatch.undo()
+    assert records[1]["val_loss"] == records[2]["val_loss"]
+    assert [r["empty_steps"] for r in records[1:]] == [0, 5]
+
+
 def test_oracle_trains_on_the_clean_target_tokens(cfg, tiny_data):
     _, records = go(cfg, "slm", select="oracle")
+    assert records[0]["config"]["select"] == "oracle" and records[0]["config"]["ratio"] is None
     kinds = np.load(tiny_data / "kinds.npz")["train"][1:]
     windows = Windows(cfg, Run(cfg).meta, "train")
     visited = np.concatenate([batch(windows.n, 4, cfg.seed, s) for s in range(10)])
@@ -158,7 +238,7 @@ def test_scores_on_disk_equal_an_online_reference(cfg):
     go(cfg, "ref")
     run = Run(cfg)
     windows = Windows(cfg, run.meta, "train")
-    cfg = replace(cfg, tokens=10**6, select="ref_entropy")
+    cfg = replace(cfg, tokens=10**6, select="ref_both")
     scores = score_corpus(cfg, run, windows)
     reference, _ = load_model(Path(cfg.out) / "ref.pt")
     x, y = windows[np.arange(windows.n)]
@@ -209,7 +289,7 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
 def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
     """One rank may have written all of its scores before the other looks at what is missing."""
     go(cfg, "ref")
-    monkeypatch.setattr(Run, "reduce", lambda self: None)
+    monkeypatch.setattr(Run, "wait", lambda self: None)
     for rank in (0, 1):
         run = Run(cfg)
         run.rank, run.world = rank, 2
@@ -224,7 +304,7 @@ def test_a_stale_score_is_never_used(cfg, tiny_data):
 
     def folders(cfg=cfg, run=run):
         score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
-        return len(list((Path(cfg.out) / "scores").iterdir()))
+        return len([path for path in (Path(cfg.out) / "scores").iterdir() if path.is_dir()])
 
     assert folders() == folders() == 1
     assert folders(replace(cfg, block_size=32)) == 2
@@ -234,9 +314,10 @@ def test_a_stale_score_is_never_used(cfg, tiny_data):
     checkpoint["model"]["norm.weight"][0] += 1e-6
     torch.save(checkpoint, path)
     assert folders() == 4
-    steps = go(cfg, "slm")[1]
-    go(cfg, "ref", ref_tokens=1280)
-    assert go(cfg, "slm")[1] != steps  # a new reference: trained anew, under one name
+    go(cfg, "slm")
+    go(cfg, "ref", ref_tokens=1280, restart=True)
+    with pytest.raises(rho.InputError, match="scores of the reference"):
+        go(cfg, "slm")
 
 
 def test_the_reference_stays_as_it_was(cfg):
@@ -278,29 +359,222 @@ def test_a_resumed_run_is_bit_identical(cfg, stage, monkeypatch):
     assert [json.loads(line) for line in lines] == again and len(lines) == 6
 
 
-def test_a_finished_run_is_skipped_and_a_changed_one_is_not(cfg, capsys):
+def test_a_checkpoint_between_evaluations_resumes_bit_identically(cfg, monkeypatch):
+    """--save_minutes: what had added up since the last evaluation is in the checkpoint, too."""
+    go(cfg, "ref")
+    whole, records = go(cfg, "slm", name="whole")
+    real, steps = rho.take_step, []
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 4:  # after one evaluation, at step 2, and one step more
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(rho, "take_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            go(cfg, "slm", name="cut", save_minutes=1e-9)
+    assert load_checkpoint(Path(cfg.out) / "cut.pt")["step"] == 3
+    resumed, again = go(cfg, "slm", name="cut")
+    assert same(whole, resumed)
+    assert without_seconds(records)[1:] == without_seconds(again)[1:]
+
+
+def test_a_finished_run_is_skipped_and_says_so(cfg, capsys):
     go(cfg, "clm")
-    assert "clm.pt" not in capsys.readouterr().out
+    assert "finished already" not in capsys.readouterr().out
     log = Path(cfg.out) / "clm.jsonl"
     before = log.read_text(), log.stat().st_mtime_ns
     go(cfg, "clm")
     assert (log.read_text(), log.stat().st_mtime_ns) == before
-    assert "clm.pt: same flags, same data: goes on at step 10" in capsys.readouterr().out
-    go(cfg, "clm", lr=1e-3)
-    assert log.read_text() != before[0]
+    assert "clm.pt: finished already" in capsys.readouterr().out
 
 
-def test_a_run_that_began_with_another_model_is_not_the_same_run(cfg):
+def test_an_unfinished_run_is_not_called_finished(cfg, capsys, monkeypatch):
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(rho, "report", dies)
+        with pytest.raises(KeyboardInterrupt):
+            go(cfg, "clm", save_minutes=1e-9)
+    capsys.readouterr()
+    go(cfg, "clm")
+    said = capsys.readouterr().out
+    assert "resumes at step 1" in said and "finished already" not in said
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"lr": 1e-3}, "--lr was 0.00075"),
+        ({"tokens": 5120}, "--tokens was 2560"),
+        ({"evals": 4}, "--evals was 5"),
+        ({"seed": 2}, "--seed was 1337"),
+        ({"fast": False}, "--fast was True"),
+    ],
+)
+def test_another_run_of_the_same_name_is_refused_and_says_what_differs(cfg, change, named):
+    go(cfg, "clm")
+    before = (Path(cfg.out) / "clm.pt").read_bytes()
+    with pytest.raises(rho.InputError, match=f"clm.pt is another run .*{named}.*--name.*--restart"):
+        go(cfg, "clm", **change)
+    assert (Path(cfg.out) / "clm.pt").read_bytes() == before
+    _, records = go(cfg, "clm", restart=True, **change)
+    name, value = next(iter(change.items()))
+    assert records[0]["config"][name] == value
+
+
+def test_a_changed_rule_is_another_run_and_a_comment_is_not(cfg, tmp_path, monkeypatch):
+    """The identity of a run covers what the code does. (An old result was once shown as new.)"""
+    source = Path(rho.__file__).read_text()
+    rule = "return student_loss - ref_loss"
+    assert source.count(rule) == 1
+    hashes = []
+    for text in (source, source + "\n# a comment\n", source.replace(rule, "return -ref_loss")):
+        (tmp_path / "rho.py").write_text(text)
+        monkeypatch.setattr(rho, "__file__", str(tmp_path / "rho.py"))
+        hashes.append(rho.code_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
+    monkeypatch.undo()
+    go(cfg, "clm")
+    monkeypatch.setattr(rho, "code_hash", lambda: "other")
+    with pytest.raises(rho.InputError, match="code of rho.py or model.py"):
+        go(cfg, "clm")
+
+
+def test_scores_from_elsewhere_are_another_run(cfg, monkeypatch):
+    """A diff that averages two references gives other numbers, under the same file name."""
+    go(cfg, "ref")
+    go(cfg, "slm")
+    real = rho.score_corpus
+
+    def shifted(*args):
+        return {k: np.array(v) + np.float16(0.5) for k, v in real(*args).items()}
+
+    monkeypatch.setattr(rho, "score_corpus", shifted)
+    with pytest.raises(rho.InputError, match="scores of the reference"):
+        go(cfg, "slm")
+
+
+@pytest.mark.parametrize("weight", ["lm_head.weight", "layers.0.self_attn.q_proj.weight"])
+def test_a_run_that_began_with_another_model_is_another_run(cfg, weight):
     """The file that --init names is the same, what is in it is not."""
     go(cfg, "clm")
     start, flags = Path(cfg.out) / "clm.pt", {"name": "on", "init": f"{cfg.out}/clm.pt"}
-    first, records = go(cfg, "clm", **flags)
-    assert records[0]["model"]["n_embd"] == cfg.n_embd
-    assert same(first, go(cfg, "clm", **flags | {"n_embd": 32})[0])  # --init brings its own shape
+    go(cfg, "clm", **flags)
     saved = load_checkpoint(start)
-    saved["model"]["lm_head.weight"] += 0.1
+    saved["model"][weight] /= 2
     torch.save(saved, start)
-    assert not same(first, go(cfg, "clm", **flags)[0])
+    with pytest.raises(rho.InputError, match="first weights"):
+        go(cfg, "clm", **flags)
+
+
+def test_another_number_of_processes_is_another_run(cfg):
+    """The top k are taken in each process, so two processes select other tokens than one."""
+    go(cfg, "clm")
+    run = Run(cfg)
+    run.world = 2
+    with pytest.raises(rho.InputError, match="processes"):
+        rho.train_arm(cfg, run, "clm")
+
+
+def test_of_two_writers_the_second_is_refused(cfg):
+    cfg = replace(cfg, name="both")
+    with (
+        rho.only_writer(Path(cfg.out) / "both.pt", Run(cfg)),
+        pytest.raises(rho.InputError, match="both.pt is being written by another run"),
+    ):
+        go(cfg, "clm")
+    go(cfg, "clm")  # the lock is gone with its holder
+
+
+def test_a_signal_saves_after_the_step_and_the_run_resumes(cfg, monkeypatch):
+    go(cfg, "ref")
+    whole, records = go(cfg, "slm", name="whole")
+    real, steps = rho.take_step, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(rho, "take_step", signalled)
+    with pytest.raises(rho.Interrupted) as stop:
+        go(cfg, "slm", name="cut")
+    assert stop.value.args == (signal.SIGTERM,)
+    assert load_checkpoint(Path(cfg.out) / "cut.pt")["step"] == 5
+    resumed, again = go(cfg, "slm", name="cut")
+    assert same(whole, resumed)
+    assert without_seconds(records)[1:] == without_seconds(again)[1:]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
+    real, steps = rho.take_step, []
+
+    def diverges(cfg, run, model, optimizers, step, weight):
+        norm = real(cfg, run, model, optimizers, step, weight)
+        steps.append(1)
+        if len(steps) == 5:
+            model.norm.weight.data[0] = torch.nan
+        return norm
+
+    monkeypatch.setattr(rho, "take_step", diverges)
+    with pytest.raises(rho.InputError, match="clm: the loss is not finite at step 5, windows"):
+        go(cfg, "clm")
+    saved = load_checkpoint(Path(cfg.out) / "clm.pt")
+    assert saved["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(cfg, monkeypatch):
+    real, steps = rho.take_step, []
+
+    def diverges(cfg, run, model, *rest):
+        norm = real(cfg, run, model, *rest)
+        steps.append(1)
+        if len(steps) == 4:  # the step before an evaluation
+            model.norm.weight.data[0] = torch.inf
+        return norm
+
+    monkeypatch.setattr(rho, "take_step", diverges)
+    with pytest.raises(rho.InputError, match="weight is not finite"):
+        go(cfg, "clm")
+    assert load_checkpoint(Path(cfg.out) / "clm.pt")["step"] == 2
+
+
+def test_a_reference_with_nan_scores_nothing(cfg):
+    go(cfg, "ref")
+    path = Path(cfg.out) / "ref.pt"
+    saved = load_checkpoint(path)
+    saved["model"]["norm.weight"][0] = torch.nan
+    torch.save(saved, path)
+    with pytest.raises(rho.InputError, match="ref.pt: its score is not finite"):
+        go(cfg, "slm")
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_short_score_file_is_refused(cfg, size):
+    """It would be extended with zeros, which count as scores."""
+    go(cfg, "ref")
+    go(cfg, "slm")
+    path = next(Path(cfg.out, "scores").rglob("*.f16"))
+    os.truncate(path, size)
+    with pytest.raises(rho.InputError, match=f"ref_loss.f16 has {size} bytes"):
+        go(cfg, "slm", name="again")
+
+
+def test_a_flipped_bit_in_the_scores_is_found(cfg):
+    go(cfg, "ref")
+    go(cfg, "slm")
+    path = next(Path(cfg.out, "scores").rglob("*.f16"))
+    content = bytearray(path.read_bytes())
+    content[1001] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(rho.InputError, match="ref_loss.f16 is damaged"):
+        go(cfg, "slm", name="again")
 
 
 def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
@@ -310,7 +584,7 @@ def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
     assert first["run"] == "slm-random" and first["config"]["ratio"] == 0.6
     assert {"commit", "torch", "device", "params", "threads"} <= set(first)
     assert [r["step"] for r in records[1:]] == [2, 4, 6, 8, 10]
-    assert last["selected_loss"] == pytest.approx(last["student_loss"], rel=0.05)  # by lot
+    assert last["selected_loss"] == pytest.approx(last["student_loss"], rel=0.05)
     assert last["trained"] == 10 * round(0.6 * 256) == 1540
     assert last["questions"] == 3 and 0 <= last["right"] <= 3
     assert last["val_loss"] > 0 and last["val_corpus_loss"] > 0
@@ -354,15 +628,15 @@ def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
     assert halved[-1]["val_loss"] != records[-1]["val_loss"]
 
 
-def test_each_look_keeps_the_loss_of_every_held_out_token(cfg):
+def test_each_evaluation_keeps_the_loss_of_every_held_out_token(cfg):
     model, records = go(cfg, "clm")
-    looks = [np.load(Path(cfg.out) / "clm" / f"{r['step']}.npy") for r in records[1:]]
-    assert len(looks) == 5 and all(look.dtype == np.float16 for look in looks)
-    means = [look.mean(dtype=float) for look in looks]
+    losses = [np.load(Path(cfg.out) / "clm" / f"{r['step']}.npy") for r in records[1:]]
+    assert len(losses) == 5 and all(values.dtype == np.float16 for values in losses)
+    means = [values.mean(dtype=float) for values in losses]
     assert means == pytest.approx([r["val_corpus_loss"] for r in records[1:]], abs=2e-3)
     x, y = Windows(cfg, Run(cfg).meta, "val_corpus")[np.arange(4)]
     last = rho.token_loss(model.head(model(x)), y).detach().numpy()
-    assert looks[-1] == pytest.approx(last, abs=0.01)
+    assert losses[-1] == pytest.approx(last, abs=0.01)
 
 
 def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg):
@@ -372,9 +646,9 @@ def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg):
     rho.run_stage(replace(cfg, stage="dynamics", tokens=16 * 256, lr=1e-3))
     for arm in ("clm", "slm"):
         lines = Path(cfg.out, f"dynamics-{arm}.jsonl").read_text().splitlines()
-        looks = list(map(json.loads, lines[1:]))
-        assert [look["step"] for look in looks] == list(range(1, 17))
-        assert learned < 4.5 and abs(looks[0]["val_corpus_loss"] - learned) < 0.3  # scratch: 5.7
+        records = list(map(json.loads, lines[1:]))
+        assert [record["step"] for record in records] == list(range(1, 17))
+        assert learned < 4.5 and abs(records[0]["val_corpus_loss"] - learned) < 0.3  # scratch: 5.7
         assert len(list(Path(cfg.out, f"dynamics-{arm}").iterdir())) == 16
 
 
@@ -390,7 +664,7 @@ def two_ranks(cfg):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
-        sizes = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **LOOKS}.items()]
+        sizes = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **EVALUATIONS}.items()]
         places = [f"--data={cfg.data}", f"--out={cfg.out}"]
         command = [sys.executable, rho.__file__, *sizes, *places, *flags]
         here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -517,7 +791,7 @@ def test_variant_of_two_references_is_the_mean_of_both(cfg, changed):
     module.score_tokens = monitor
     variant(module, cfg, name="both", reference=",".join(paths))
     first = batch(windows.n, cfg.batch_size, cfg.seed, 0)
-    mean = torch.from_numpy((known[0][first].astype(float) + known[1][first]) / 2).flatten()
+    mean = torch.from_numpy((known[0][first].astype(float) + known[1][first]) / 2)
     torch.testing.assert_close(seen[0].double(), mean, atol=0.01, rtol=0)
     assert np.abs(known[0][first] - known[1][first]).max() > 0.1
 
