@@ -503,7 +503,8 @@ def json_values(blocks):
     decode = json.JSONDecoder().raw_decode
     between = re.compile(r"[\s,]*")
     text = next(blocks, "").lstrip()
-    at = 1 if text.startswith("[") else 0
+    end = "]" if text.startswith("[") else ""
+    at = len(end)
     while True:
         at = between.match(text, at).end()
         try:
@@ -511,7 +512,7 @@ def json_values(blocks):
         except ValueError as error:
             rest = text[at:]
             more = "".join(islice(blocks, 1 + len(rest) // STEP))
-            if not more and rest.strip() in ("", "]"):
+            if not more and rest.strip() == end:
                 return
             if not more:
                 raise EOFError(f"no whole JSON value: {error}") from error
@@ -636,9 +637,10 @@ def row_segments(row, fields):
     if not isinstance(row, dict):
         raise TypeError(f"a {type(row).__name__}, not a row with fields")
     names = fields.split(",") if fields else [name for name in CHATS if name in row]
-    if len(names) == 1 and isinstance(row.get(names[0]), list):
-        return chat(row[names[0]])
     if len(names) == 1:
+        value = row.get(names[0])
+        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+            return chat(value)
         return [(plain_text(row, names[0]), False)]
     if not names:
         question, answer = usual_pair(row)
@@ -653,12 +655,6 @@ def row_segments(row, fields):
     return segments
 
 
-def parse_line(line):
-    if line.lstrip().startswith("["):
-        raise InputError("a JSON array, not lines: name the file .json")
-    return json.loads(line) if line.strip() else ""
-
-
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
@@ -670,15 +666,18 @@ def read_file(path, source, args):
     """
     number = 0
     place = str(path)
+    is_lines = ending(path)[0] in (".jsonl", ".ndjson")
     try:
         rows = hub_rows(source) if source.split else open_rows(path, source, args.separator)
         for used, row in rows:
             number += 1
             place = f"{path}:{number}"
             source.counts["rows"] += 1
+            if is_lines and number == 1 and row.lstrip().startswith("["):
+                raise InputError("a JSON array, not lines: name the file .json")
             try:
-                if ending(path)[0] in (".jsonl", ".ndjson"):
-                    row = parse_line(row)
+                if is_lines:
+                    row = json.loads(row.strip() or '""')
                 segments = row_segments(row, source.fields)
                 if source.role == "sft" and not any(is_answer for _, is_answer in segments):
                     raise ValueError("--sft needs QUESTION,ANSWER or a chat")
@@ -772,7 +771,10 @@ def read_role(sources, role, args):
     for source in of_role(sources, role):
         for i in range(min(LANES, len(source.files)) or 1):
             lanes.append(read_lane(source, source.files[i::LANES], args))
+    size = sum(source.size for source in of_role(sources, role))
     for document in heapq.merge(*lanes, key=attrgetter("progress")):
+        used = sum(source.used for source in of_role(sources, role))
+        document.progress = used / size if size else 0.0  # from here on: of all files together
         for block in blocks_of(document.text):
             document.source.digest.update(block.encode())
         if document.text.strip():
@@ -941,13 +943,10 @@ def fingerprint(text):
     return digest.digest()
 
 
-def share_to_hold(n, sources, seen, max_tokens):
+def share_to_hold(n, seen, progress, sources, max_tokens):
     """The share of documents to hold out for about n in the end, as far as can be told by now."""
-    totals = []
-    used = sum(source.used for source in sources)
+    totals = [seen / progress] if progress else []
     tokens = sum(source.counts["tokens"] for source in sources)
-    if used:
-        totals.append(seen * sum(source.size for source in sources) / used)
     if max_tokens and tokens:
         written = sum(source.counts["documents"] for source in sources)
         totals.append(written * max_tokens / tokens)
@@ -971,7 +970,8 @@ def hold_out(documents, held, n, sources, args, avoid=()):
     share = 0.1
     for seen, document in enumerate(chain(beginning, documents), 1):
         if seen % 64 == 0:
-            share = min(share, share_to_hold(n, sources, seen, args.max_tokens))
+            now = share_to_hold(n, seen, document.progress, sources, args.max_tokens)
+            share = min(share, now)
         key = fingerprint(document.text)
         lot = hashlib.sha256(f"{args.seed} {document.source.role} ".encode() + key).digest()
         drawn = int.from_bytes(lot[:8], "big") / 2**64 < share
@@ -1127,9 +1127,9 @@ def publish(work, folder, meta):
     # with these two lists, which say what the next run may replace.
     if Path(folder, "meta.json").exists():
         os.replace(folder / "meta.json", folder / "meta.json.old")
+    old = listed_files(folder) - set(meta["files"]) - {"meta.json.new"}
     with whole_file(folder / "meta.json.new") as file:
         file.write(json.dumps(meta, indent=1).encode())
-    old = listed_files(folder) - set(meta["files"]) - {"meta.json.new"}
     for path in files:
         os.replace(path, folder / path.name)
     os.replace(folder / "meta.json.new", folder / "meta.json")
@@ -1314,9 +1314,7 @@ def copy_tokenizer(work, spec):
 def preview(sources, args):
     """--dry_run: each source with its files and its first document; nothing is written."""
     encoding = get_tokenizer(tokenizer_spec(args.tokenizer))
-    with new_folder(args.out):  # so that it is known that this can be written
-        documents = try_sources(sources, args)
-    for source, document in zip(sources, documents, strict=True):
+    for source, document in zip(sources, try_sources(sources, args), strict=True):
         passed = f"{source.counts['hidden']} hidden, {source.counts['ignored']} ignored"
         files = f"{len(source.files)} files, {source.size:,} bytes, {passed}"
         print(f"{source.role} {source.name}: {files}")
