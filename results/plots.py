@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import token_plots  # noqa: E402
 import tokens_page  # noqa: E402
-from drawing import LINES, SEEN, End, finish, label_ends, new_figure  # noqa: E402
+from drawing import SEEN, End, finish, label_ends, new_figure  # noqa: E402
 from experiments import (  # noqa: E402
     CLM_RUN,
     DIRT,
@@ -35,8 +35,19 @@ from experiments import (  # noqa: E402
 from logs import deviation, published, read_log, read_losses, read_runs, value  # noqa: E402
 
 from prepare_data import InputError  # noqa: E402
+from rho import unlike  # noqa: E402
 
 # ---- runs against tokens -------------------------------------------------------------------------
+
+# For runs without a style of their own: color, dash and marker.
+SPARE = [
+    ("#CC79A7", (0, (6, 2)), "D"),
+    ("#56B4E9", (0, (3, 1)), "P"),
+    ("#8C6D31", "dashdot", "v"),
+    ("#000000", (0, (4, 1, 1, 1)), "X"),
+    ("#7B61C9", "dotted", "^"),
+    ("#0072B2", "dashed", "s"),
+]
 
 
 def is_reference(run):
@@ -48,10 +59,16 @@ def style_of(run, runs):
     if run in RUNS:
         return RUNS[run]
     others = [name for name in runs if name not in RUNS]
-    # The first three colors of LINES are those of SLM, the reference and the oracle.
-    number = 3 + others.index(run)
-    color, line, _ = LINES[number % len(LINES)]
+    color, line, _ = SPARE[others.index(run) % len(SPARE)]
     return Style(run, color, line)
+
+
+def marker_of(run, runs):
+    """A run that experiments.py does not name has markers too: colors alone do not reach far."""
+    if run in RUNS:
+        return None
+    others = [name for name in runs if name not in RUNS]
+    return SPARE[others.index(run) % len(SPARE)][2]
 
 
 def run_label(run, runs):
@@ -60,13 +77,16 @@ def run_label(run, runs):
     label = label.replace(": ", ":\n").replace(" (", "\n(")
     if "clm" not in runs or is_reference(run):
         return label
-    records, clm = runs[run][0], runs["clm"][0]
+    records = runs[run][0]
+    clm = runs["clm"][0]
     tokens = records[-1]["tokens"]
+    start = records[0]["config"].get("init", "")
     if tokens != clm[-1]["tokens"]:
         label += f"\n({tokens / 1e6:.2g} M tokens)"
-    start = records[0]["config"].get("init", "")
-    if start != clm[0]["config"].get("init", ""):
+    elif start != clm[0]["config"].get("init", ""):
         label += f"\n(from {Path(start).name})"
+    elif unlike(records, clm):
+        label += " *"
     return label
 
 
@@ -100,7 +120,8 @@ def draw_runs(ax, runs, key):
             ax.axhline(means[-1], color=color, ls=line, lw=1.4, label=run)
             ends.append(End(longest, means[-1], label, color))
             continue
-        ax.plot(tokens, means, color=color, ls=line, lw=1.8, label=run)
+        marker = marker_of(run, runs)
+        ax.plot(tokens, means, color=color, ls=line, lw=1.8, marker=marker, ms=4, label=run)
         low = means - deviations
         high = means + deviations
         ax.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
@@ -132,7 +153,7 @@ def curves(runs, path):
     for ax, key in zip(axes[0], keys, strict=True):
         ends = draw_runs(ax, runs, key)
         if key == "right":
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, max(5, ax.get_ylim()[1]))
         else:
             limit_losses(ax, runs, key, ends)
         label_ends(ax, ends)
@@ -143,6 +164,8 @@ def curves(runs, path):
         notes.append("Thin gray line: where CLM ends.")
     if any(is_reference(run) for run in runs):
         notes.append("Across: where the reference ends.")
+    if any(end.text.endswith("*") for end in ends):
+        notes.append("*: unlike CLM's settings; `python rho.py --stage table` says which.")
     if n_seeds > 1:
         notes.append(f"Bands: one standard deviation over {n_seeds} seeds.")
     finish(fig, path, " ".join(notes))

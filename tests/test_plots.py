@@ -28,9 +28,11 @@ import token_plots  # noqa: E402
 import tokens_page  # noqa: E402
 
 
-def make_log(run, right, losses, tokens=1000, init=""):
+def make_log(run, right, losses, tokens=1000, init="", lr=1e-3):
     """A log with one evaluation for each of `right`, the last after `tokens` tokens."""
     config = {"init": init, "ratio": 0.5, "threshold": None, "select": "excess", "data": "d"}
+    steps = len(right)
+    config |= {"lr": lr, "tokens": steps, "batch_size": 1, "block_size": 1}  # one step a token
     records = [{"run": run, "config": config, "step": 0}]
     for i, (count, loss) in enumerate(zip(right, losses, strict=True), 1):
         record = {"step": i, "tokens": tokens * i // len(right), "trained": 1, "seconds": 1.0}
@@ -99,12 +101,13 @@ def test_every_run_of_a_folder_is_named_and_what_is_unlike_clm_is_marked(tmp_pat
     write_log(tmp_path, "my-rule", make_log("my-rule", [3, 4], [3, 2]))
     write_log(tmp_path, "short", make_log("short", [3, 4], [3, 2], tokens=500_000))
     write_log(tmp_path, "on", make_log("on", [3, 4], [3, 2], init="out/clm.pt"))
+    write_log(tmp_path, "fast", make_log("fast", [3, 4], [3, 2], lr=1e-2))
     (tmp_path / "answers.jsonl").write_text('{"question": 1}\n')
     plots.main([str(tmp_path)])
-    expected = {"CLM:\nall tokens", "my-rule", "short\n(0.5 M tokens)", "on\n(from clm.pt)"}
-    assert set(texts(drawn[0])) == expected
-    styles = {(drawn[0].get_lines()[i].get_color()) for i in range(len(drawn[0].get_lines()))}
-    assert len(styles) == 4  # one for each run
+    marked = {"short\n(0.5 M tokens)", "on\n(from clm.pt)", "fast *"}
+    assert set(texts(drawn[0])) == {"CLM:\nall tokens", "my-rule", *marked}
+    styles = {(line.get_color(), line.get_marker()) for line in drawn[0].get_lines()}
+    assert len(styles) == 5  # one for each run
     assert str(tmp_path / "demo.png") in capsys.readouterr().out
 
 
