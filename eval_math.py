@@ -243,6 +243,7 @@ REWRITES = [  # (what, into what), in this order, after the synonyms
     (r"(\\frac\{[^{}]*\})\s*([0-9a-z])", r"\1{\2}"),
     (r"\\(begin|end)\{array\}(?:\{[^{}]*\})?", r"\\\1{pmatrix}"),
     (r"_\{(\w)\}", r"_\1"),
+    (r"^\s*\(([A-Ea-e])\)\s*$", r"\1"),  # a choice
     (r"(?<=[0-9])\s*\((?=[0-9.]+\))", r" \\cdot ("),  # 1000(26)
     (r"^\s*(?:\\approx|about|approximately|around|roughly)(?![a-z])", ""),
     (r"\b(?:minus|negative)\s+(?=[0-9$\\.])", "-"),

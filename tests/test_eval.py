@@ -49,121 +49,115 @@ BYTES = {"name": "bytes", "n_vocab": 257, "eot": 256, "pat_str": r"[\s\S]"}
 
 NUMBERS = r"""
 # words that carry value
-The answer is sqrt(7).  ==  sqrt(7)
-The answer is sqrt(7).  !=  7
-So the answer is log 9  !=  9
-The answer is 3 million dollars.  ==  3000000
-The answer is 3 million dollars.  !=  3
-The answer is 14 thousand  !=  14
-The answer is 5 hundred  !=  5
-The answer is 2 dozen eggs.  ==  24
-The answer is 2 dozen eggs.  !=  2
-The answer is minus 4.  !=  4
-The answer is minus 4.  ==  -4
-The answer is twenty-five dollars.  ==  25
-The answer is half of 8.  !=  8
-The answer is 75 percent.  ==  3/4
+The answer is sqrt(7).  == sqrt(7)  != 7
+So the answer is log 9  != 9
+The answer is 3 million dollars.  == 3000000  != 3
+The answer is 14 thousand  != 14
+The answer is 5 hundred  != 5
+The answer is 2 dozen eggs.  == 24  != 2
+The answer is minus 4.  != 4  == -4
+The answer is twenty-five dollars.  == 25
+The answer is half of 8.  != 8
+The answer is 75 percent.  == 3/4
 # a comma and a space make a list
-The answer is 12, 345  !=  12345
-The answer is 12,345.  ==  12345
+The answer is 12, 345  != 12345
+The answer is 12,345.  == 12345
 # delimiters of mathematics
-The answer is \(24\).  ==  24
-The answer is \[ 24 \]  ==  24
-The answer is:⏎\[⏎24⏎\]  ==  24
-Final Answer: The final answer is \((-2, 7)\). I hope it is correct.  ==  (-2,7)
+The answer is \(24\).  == 24
+The answer is \[ 24 \]  == 24
+The answer is:⏎\[⏎24⏎\]  == 24
+Final Answer: The final answer is \((-2, 7)\). I hope it is correct.  == (-2,7)
 # a marker with nothing but decoration after it
-He has 6 goats. The answer is $  ==  6
-That makes 15. \boxed{}  ==  15
-That makes 15. \boxed{\text{ }}  ==  15
-So 8 are left. The answer is \(  ==  8
-So 8 are left. The answer is **  ==  8
+He has 6 goats. The answer is $  == 6
+That makes 15. \boxed{}  == 15
+That makes 15. \boxed{\text{ }}  == 15
+So 8 are left. The answer is \(  == 8
+So 8 are left. The answer is **  == 8
 # units in brackets
-The answer is 12  ==  12 (kg)
-The answer is 7  ==  7 (push-ups)
-The answer is 12  !=  13 (kg)
+The answer is 12  == 12 (kg)
+The answer is 7  == 7 (push-ups)
+The answer is 12  != 13 (kg)
 # choices
-The best answer is B  ==  B
-So the best answer is: (C)⏎Date: 11/02/2001  ==  C
-The answer is D because (A) and (B) are wrong.  ==  D
-The answer is (e).  ==  E
-The correct option is D.  ==  D
-The answer is E  !=  C
+The best answer is B  == B
+So the best answer is: (C)⏎Date: 11/02/2001  == C
+The answer is D because (A) and (B) are wrong.  == D
+The answer is (e).  == E
+The correct option is D.  == D
+The answer is E  != C
 # end marks
-The answer is 26,  ==  26
-The answer is 26;  ==  26
-\boxed{\text{6:15 p.m.}}  ==  6:15 p.m.
-The answer is ≈ 26.  ==  26
-The answer is ~26.  ==  26
-Q1. The answer is 9 500.  ==  9500
+The answer is 26,  == 26
+The answer is 26;  == 26
+\boxed{\text{6:15 p.m.}}  == 6:15 p.m.
+The answer is ≈ 26.  == 26
+The answer is ~26.  == 26
+Q1. The answer is 9 500.  == 9500
 """
 LATEX = r"""
 # a comma and a space make a list
-\boxed{30^\circ, 150^\circ}  !=  30^\circ, 160^\circ
-\boxed{30^\circ, 150^\circ}  ==  150^{\circ}, 30^{\circ}
-\boxed{11,24,87}  !=  11,24,88
+\boxed{30^\circ, 150^\circ}  != 30^\circ, 160^\circ  == 150^{\circ}, 30^{\circ}
+\boxed{11,24,87}  != 11,24,88
 # doubled backslash, display style
-The answer is $2\\sqrt{5}$.  ==  2\sqrt{5}
-\boxed{\\frac{3}{7}}  ==  \frac{3}{7}
-\boxed{\displaystyle\frac{5}{9}}  ==  \frac{5}{9}
-The answer is $-3 + 4i.$  ==  -3+4i
+The answer is $2\\sqrt{5}$.  == 2\sqrt{5}
+\boxed{\\frac{3}{7}}  == \frac{3}{7}
+\boxed{\displaystyle\frac{5}{9}}  == \frac{5}{9}
+The answer is $-3 + 4i.$  == -3+4i
 # matrices
-\boxed{\begin{pmatrix}2&0\\0&5\end{pmatrix}}  ==  \begin{pmatrix} 2 & 0 \\ 0 & 5 \end{pmatrix}
-\boxed{\begin{pmatrix}\frac12\\3\end{pmatrix}}  ==  \begin{pmatrix} 0.5 \\ 3 \end{pmatrix}
-\boxed{\begin{bmatrix}1&4\\2&3\end{bmatrix}}  ==  \begin{pmatrix} 1 & 4 \\ 2 & 3 \end{pmatrix}
-\boxed{\begin{pmatrix}1&4\\2&3\end{pmatrix}}  !=  \begin{pmatrix} 1 & 4 \\ 3 & 2 \end{pmatrix}
-\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
-\boxed{\left(\begin{array}{c}1\\2\end{array}\right)}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\boxed{\begin{pmatrix}2&0\\0&5\end{pmatrix}}  == \begin{pmatrix} 2 & 0 \\ 0 & 5 \end{pmatrix}
+\boxed{\begin{pmatrix}\frac12\\3\end{pmatrix}}  == \begin{pmatrix} 0.5 \\ 3 \end{pmatrix}
+\boxed{\begin{bmatrix}1&4\\2&3\end{bmatrix}}  == \begin{pmatrix} 1 & 4 \\ 2 & 3 \end{pmatrix}
+\boxed{\begin{pmatrix}1&4\\2&3\end{pmatrix}}  != \begin{pmatrix} 1 & 4 \\ 3 & 2 \end{pmatrix}
+\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}  == \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\boxed{\left(\begin{array}{c}1\\2\end{array}\right)}  == \begin{pmatrix} 1 \\ 2 \end{pmatrix}
 # equations
-\boxed{2x - 3y + 5 = 0}  ==  -2x + 3y - 5 = 0
-\boxed{y = 3x - 4}  ==  3x - y = 4
-\boxed{y = 3x - 4}  !=  y = 3x + 4
-\boxed{x + 2y = 4}  ==  2x + 4y = 8
-\boxed{x = 5}  !=  y = 5
+\boxed{2x - 3y + 5 = 0}  == -2x + 3y - 5 = 0
+\boxed{y = 3x - 4}  == 3x - y = 4  != y = 3x + 4
+\boxed{x + 2y = 4}  == 2x + 4y = 8
+\boxed{x = 5}  != y = 5
 # synonyms
-\boxed{x \ge 3}  ==  x \geq 3
-\boxed{(4, +\infty)}  ==  (4,\infty)
-\boxed{12 \div 5}  ==  \frac{12}{5}
-\boxed{12 ÷ 5}  ==  \frac{12}{5}
-\boxed{3·5}  ==  15
-\boxed{(−∞, 2)}  ==  (-\infty, 2)
-\boxed{x \lt 6}  ==  x < 6
-\boxed{\lbrace 1, 2 \rbrace}  ==  \{1,2\}
+\boxed{x \ge 3}  == x \geq 3
+\boxed{(4, +\infty)}  == (4,\infty)
+\boxed{12 \div 5}  == \frac{12}{5}
+\boxed{12 ÷ 5}  == \frac{12}{5}
+\boxed{3·5}  == 15
+\boxed{(−∞, 2)}  == (-\infty, 2)
+\boxed{x \lt 6}  == x < 6
+\boxed{\lbrace 1, 2 \rbrace}  == \{1,2\}
 # joined lists and labels
-\boxed{5 \text{ and } 9}  ==  5,9
-\boxed{14 \text{ or } 3}  ==  3,14
-\boxed{(a,b) = (4,1)}  ==  (4,1)
-The answers are \boxed{2} and \boxed{-6}.  ==  2,-6
-First \boxed{2}. So we get \boxed{-6}.  ==  -6
+\boxed{5 \text{ and } 9}  == 5,9
+\boxed{14 \text{ or } 3}  == 3,14
+\boxed{(a,b) = (4,1)}  == (4,1)
+The answers are \boxed{2} and \boxed{-6}.  == 2,-6
+First \boxed{2}. So we get \boxed{-6}.  == -6
 # a bare list is no half-open interval
-\boxed{0,3}  !=  (0,3]
-\boxed{[2,5)}  !=  2,5
-\boxed{(2,5)}  !=  [2,5]
-\boxed{\{2,5\}}  !=  (2,5)
-\boxed{(2,5)}  ==  2, 5
+\boxed{0,3}  != (0,3]
+\boxed{[2,5)}  != 2,5
+\boxed{(2,5)}  != [2,5]
+\boxed{\{2,5\}}  != (2,5)
+\boxed{(2,5)}  == 2, 5
 # letters and functions
-\boxed{\frac{1}{\sqrt{m}}}  ==  \sqrt{1/m}
-\boxed{\sin x + 1}  ==  1 + \sin(x)
-\boxed{6!}  ==  720
-\boxed{\binom{6}{2}}  ==  15
-\boxed{2\theta + 1}  ==  1 + 2\theta
-\boxed{|x|}  !=  x
-\boxed{\alpha}  !=  \beta
+\boxed{\frac{1}{\sqrt{m}}}  == \sqrt{1/m}
+\boxed{\sin x + 1}  == 1 + \sin(x)
+\boxed{6!}  == 720
+\boxed{\binom{6}{2}}  == 15
+\boxed{2\theta + 1}  == 1 + 2\theta
+\boxed{|x|}  != x
+\boxed{\alpha}  != \beta
 # near numbers are not equal where both are exact
-\boxed{71}  !=  12\sqrt{35}
-\boxed{\frac{2001}{2002}}  !=  \frac{2011}{2012}
-The answer is 3.1416  ==  \pi
-The answer is 3.15  !=  \pi
+\boxed{71}  != 12\sqrt{35}
+\boxed{\frac{2001}{2002}}  != \frac{2011}{2012}
+The answer is 3.1416  == \pi
+The answer is 3.15  != \pi
 """
 
 
 def check_rows(table):
+    """A row: a text, then right answers after == and wrong ones after !=; ⏎ is a line break."""
     for row in table.strip().splitlines():
-        if row.startswith("# "):
-            continue
-        text, sign, gold = re.split("  (==|!=)  ", row.replace("⏎", "\n"))
+        text, *golds = re.split("  (==|!=) ", row.replace("⏎", "\n"))
         answer = extract_answer(text)
-        assert is_equiv(answer, gold) == (sign == "=="), row
-        assert is_equiv(gold, answer) == (sign == "=="), row
+        for sign, gold in zip(golds[::2], golds[1::2], strict=True):
+            assert is_equiv(answer, gold) == (sign == "=="), row
+            assert is_equiv(gold, answer) == (sign == "=="), row
 
 
 def test_answers_in_numbers_and_words():
@@ -186,7 +180,6 @@ def test_answers_in_latex():
         # the last \boxed: nested braces, \fbox, no braces, cut short
         (r"so \boxed{3} and so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"\boxed{\sqrt{\frac{a^{2}}{b}}} is it", r"\sqrt{\frac{a^{2}}{b}}"),
-        (r"we get \fbox{12}.", "12"),
         (r"so $x = \boxed 5$. Done, in 3 steps", "5"),
         (r"so $\boxed{7", "7"),
         ("the boxed set costs 5 dollars", "5"),
@@ -194,29 +187,23 @@ def test_answers_in_latex():
         ("12+7=<<12+7=19>>19.\n#### 19\n", "19"),
         ("7 and 8 are 15.\n####  15 in 2 steps", "15"),
         ("#### -1,234", "-1234"),
-        ("#### $12.50", "12.50"),
         ("#### 5\nmore #### 6", "5"),
         ("the answer is 60/2 = <<60/2=30>>30 a day.\n#### 90", "90"),
         ("#### 2. Add them\nThe answer is 7.", "7"),
         # the last "the answer is", to the end of its sentence
-        ("the answer is: 6", "6"),
         ("The answer is\n\n6\nand so on, 8", "6"),
         ("The answer is 5. No, the answer is 6. I used 3 steps.", "6"),
         ("I say final answer is 9. It took 3 steps.", "9"),
         ("The answer is $1,234.50.", "1,234.50"),
-        ("The answer is .5", ".5"),
-        ("The answer is **12**.", "12"),
-        ("The answer is yes.", "yes"),
         ("the answer is (b). Why 7?", "B"),
         ("The answer is a 5", "a 5"),
         # the last number
-        ("He has 4 cows. The answer is", "4"),
         ("she has 12-5", "5"),
-        ("it is −3", "-3"),
         ("they cost $1,234,567.", "1234567"),
         ("it takes 3/4 of an hour", "3/4"),
         (r"about $2\frac{1}{2}$ cups", r"2\frac{1}{2}"),
         ("a fall of 12.5%", "12.5%"),
+        ("it is 1.5E3", "1.5E3"),
         ("", None),
         (None, None),
         ("no idea", None),
@@ -239,47 +226,59 @@ def test_each_marker_comes_before_the_next():
         assert extract_answer("\n".join(parts[first - 1 :])) == str(first)
 
 
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("So it is 16. The answer is (D).", "D"),
-        ("the answer is b", "B"),
-        ("The answer is E 12 km", "E"),
-        ("The answer is (a) 24, not (b).", "A"),
-        (r"\boxed{C}", "C"),
-        ("The answer is a number.", None),
-        ("I do not know.", None),
-    ],
-)
-def test_choice(text, letter):
-    assert extract_choice(text) == letter
+def test_choice():
+    for text, letter in {
+        "So it is 16. The answer is (D).": "D",
+        "the answer is b": "B",
+        "The answer is E 12 km": "E",
+        "The answer is (a) 24, not (b).": "A",
+        r"\boxed{C}": "C",
+        "The answer is a number.": None,
+    }.items():
+        assert extract_choice(text) == letter, text
 
 
 # ---- Numbers ----
 
-EQUAL = """1,234 = 1234 | 1234.0 = 1234 | $5 = 5 dollars | 5 dollars per day = 5 | \\$5.00 = 5 | £3 = 3
-€3 = 3 | -5 = −5 | -$5 = $-5 | .5 = 0.5 | 5. = 5 | 007 = 7 | 1/2 = \\frac{1}{2} | \\frac12 = 0.5
-\\dfrac{1}{2} = \\tfrac12 | -\\frac{3}{4} = -0.75 | 2 1/2 = 2.5 | 2\\frac{1}{2} = 5/2 | 1.5e3 = 1500
-1.5E3 = 1500 | 10,\\!000 = 10000 | 10{,}000 = 10,000 | 5\\text{ cm} = 5 | 5cm = 5 cm | 5 cm^2 = 5
-5 \\text{ cm}^3 = 5 | 12 square feet = 12 | 9 (apples) = 9 | 30^\\circ = 30 | 30^{\\circ} = 30°
-33.3333 = 100/3 | 10000.5 = 10001.2 | 0.5 = 50 | 50% = 0.5 | 50\\% = 50 | 75% = 3/4 | 0 = 0.0
-\\left(5\\right) = 5 | (C) = C | \\text{(B)} = b | Yes = yes. | 12_{5} = 12_5 | 5th = 5"""
-DIFFERENT = """5 = 6 | 5 = -5 | 100 = 101 | 10000 = 10001 | 0 = 0.0001 | 5 = 5000 | 75 = 3/4 | 2ab = 2
-5x = 5 | x5 = 5 | 2 pi = 2 | 2 million = 2 | 3 and 4 = 3 | 1 2 = 12 | 100.0 = 100.05
-33.35 = 100/3 | \\frac{1}{23} = \\frac{12}{3} | (1,234) = 1234 | A = B | north = thorn
-Mon. 5 = Tue. 6 | 1/0 = 2/0 | 12_5 = 12 | 5 and a half = 5 | 5x^2 = 5"""
+EQUAL = r"""
+1,234 = 1234 | 1234.0 = 1234 | $5 = 5 dollars | 5 dollars per day = 5 | \$5.00 = 5 | £3 = 3 | €3 = 3
+-5 = −5 | -$5 = $-5 | .5 = 0.5 | 5. = 5 | 007 = 7 | 1/2 = \frac{1}{2} | \frac12 = 0.5 | 5th = 5
+\dfrac{1}{2} = \tfrac12 | -\frac{3}{4} = -0.75 | 2 1/2 = 2.5 | 2\frac{1}{2} = 5/2 | 1.5e3 = 1500
+1.5E3 = 1500 | 10,\!000 = 10000 | 10{,}000 = 10,000 | 5\text{ cm} = 5 | 5cm = 5 cm | 5 cm^2 = 5
+5 \text{ cm}^3 = 5 | 12 square feet = 12 | 9 (apples) = 9 | 30^\circ = 30 | 30^{\circ} = 30°
+33.3333 = 100/3 | 10000.5 = 10001.2 | 0.5 = 50 | 50% = 0.5 | 50\% = 50 | 75% = 3/4 | 0 = 0.0
+\left(5\right) = 5 | (C) = C | \text{(B)} = b | Yes = yes. | 12_{5} = 12_5"""
+DIFFERENT = r"""
+5 = 6 | 5 = -5 | 100 = 101 | 10000 = 10001 | 0 = 0.0001 | 5 = 5000 | 75 = 3/4 | 2ab = 2 | 5x = 5
+x5 = 5 | 2 pi = 2 | 2 million = 2 | 3 and 4 = 3 | 1 2 = 12 | 100.0 = 100.05 | 33.35 = 100/3
+\frac{1}{23} = \frac{12}{3} | (1,234) = 1234 | A = B | north = thorn | Mon. 5 = Tue. 6 | 1/0 = 2/0
+12_5 = 12 | 5 and a half = 5 | 5x^2 = 5 | 5 \text{ hundred} = 5"""
+SAME = r"""
+x^2+2x+1 = (x+1)^2 | \sqrt{8} = 2\sqrt2 | \sqrt[3]{27} = 3 | \frac{\pi}{2} = π/2 | 2^{10} = 1024
+\frac{x}{7}+\frac{2}{7} = \frac{x+2}{7} | 1.5 \times 10^3 = 1500 | (0.5,3) = (\frac{1}{2},3)
+(0.6,2.6667] = (\frac{3}{5},\frac{8}{3}] | \pm 3 = 3,-3 | x \in [2,5) = [2,5) | e = 2.71828
+2\sqrt{3} \text{ cm} = 2\sqrt{3} | 1000(26) = 26000 | 15 apples = 3 \cdot 5 | 3 squared = 9"""
+OTHER = r"""
+(1,2) = (2,1) | (1,2) = [1,2] | (1,2) = (1,2,3) | x+1 = x+2 | x = y | a+b = a+c
+9^{9^{9^{9}}} = 1 | 1.4149 = \sqrt{2} | x > 3 = x \ge 3 | \frac{22}{7} = \pi"""
 
 
-@pytest.mark.parametrize("pair", re.split(r" \| |\n", EQUAL))
-def test_equal(pair):
-    a, b = pair.split(" = ")
-    assert is_equiv(a, b) and is_equiv(b, a)
+def check_pairs(table, expected):
+    for pair in re.split(r" \| |\n", table.strip()):
+        a, b = pair.split(" = ")
+        assert is_equiv(a, b) == expected, pair
+        assert is_equiv(b, a) == expected, pair
 
 
-@pytest.mark.parametrize("pair", re.split(r" \| |\n", DIFFERENT))
-def test_different(pair):
-    a, b = pair.split(" = ")
-    assert not is_equiv(a, b) and not is_equiv(b, a)
+def test_equal_and_different_numbers():
+    check_pairs(EQUAL, True)
+    check_pairs(DIFFERENT, False)
+
+
+@needs_latex
+def test_equal_and_different_latex():
+    check_pairs(SAME, True)
+    check_pairs(OTHER, False)
 
 
 def test_a_name_before_the_equals_sign_is_a_label():
@@ -294,11 +293,8 @@ def test_nothing_equals_nothing():
         assert not is_equiv(a, a) and not is_equiv(a, "0")
 
 
-def test_numbers_of_python():
+def test_numbers_of_python_and_percentages():
     assert is_equiv(7, "7.0") and is_equiv(43.0, 43)
-
-
-def test_percentage_can_be_switched_off():
     assert is_equiv("0.5", "50") and not is_equiv("0.5", "50", percentage=False)
 
 
@@ -340,31 +336,12 @@ def test_different_integers_are_different(a, b):
 
 # ---- LaTeX ----
 
-SAME = r"""x^2+2x+1 ~ (x+1)^2 | \sqrt{8} ~ 2\sqrt2 | \sqrt[3]{27} ~ 3 | \frac{\pi}{2} ~ π/2
-\frac{x}{7}+\frac{2}{7} ~ \frac{x+2}{7} | 1.5 \times 10^3 ~ 1500 | 2^{10} ~ 1024 | (0.5,3) ~ (\frac{1}{2},3)
-(0.6,2.6667] ~ (\frac{3}{5},\frac{8}{3}] | \pm 3 ~ 3,-3 | x \in [2,5) ~ [2,5) | 1000(26) ~ 26000
-2\sqrt{3} \text{ cm} ~ 2\sqrt{3} | e ~ 2.71828 | 15 apples ~ 3 \cdot 5 | 3 squared ~ 9 | \pi r^2 ~ r^2\pi"""
-OTHER = r"""(1,2) ~ (2,1) | (1,2) ~ [1,2] | (1,2) ~ (1,2,3) | x+1 ~ x+2 | x ~ y | \sqrt{2} ~ \sqrt{3}
-9^{9^{9^{9}}} ~ 1 | 1.42 ~ \sqrt{2} | a+b ~ a+c | x > 3 ~ x \ge 3 | \frac{22}{7} ~ \pi"""
-
-
-@needs_latex
-@pytest.mark.parametrize("pair", re.split(r" \| |\n", SAME))
-def test_same_latex(pair):
-    a, b = pair.split(" ~ ")
-    assert is_equiv(a, b) and is_equiv(b, a)
-
-
-@needs_latex
-@pytest.mark.parametrize("pair", re.split(r" \| |\n", OTHER))
-def test_other_latex(pair):
-    a, b = pair.split(" ~ ")
-    assert not is_equiv(a, b) and not is_equiv(b, a)
-
 
 def test_without_the_extra_text_and_numbers_still_count(monkeypatch):
     monkeypatch.setattr(eval_math, "has_math_verify", lambda: False)
-    assert is_equiv(r"\dfrac{1}{2}", "0.5") and is_equiv(r"\sqrt 2", r"$\sqrt2$".replace("2", " 2"))
+    check_rows(NUMBERS)
+    check_pairs(EQUAL, True)
+    assert is_equiv(r"\sqrt 2", r"$\sqrt2$")
     assert not is_equiv("(x+1)^2", "x^2+2x+1")
 
 
@@ -419,30 +396,11 @@ def test_no_text_is_run_as_code(tmp_path):
 # ---- Any text ----
 
 HOSTILE = [
-    "{" * 10_000,
-    "(" * 140 + "1" + ")" * 140,
-    "9^9^9^9",
-    "2^" * 140 + "2",
-    "-" * 299 + "1",
-    "1" * 100_000,
-    "1" * 150 + "/" + "0" * 149,
-    "1e999999999",
-    "1 " * 10_000,
-    r"\boxed{" * 10_000,
-    r"\boxed{1}, " * 10_000,
-    r"\boxed" + " " * 100_000,
-    r"\frac" * 60,
-    r"\text{" * 5_000,
-    "final answer is $" * 10_000,
-    "he answer is" + " :" * 50_000,
-    "<<" * 10_000,
-    "####" * 10_000,
-    "[(1,2)," * 42,
-    "5 " + "a " * 140,
-    "٣٤",
-    "\0" * 10,
-    "\ud800",
-    "nan",
+    *("{" * 10_000, "(" * 140 + "1" + ")" * 140, "9^9^9^9", "2^" * 140 + "2", "-" * 299 + "1"),
+    *("1" * 100_000, "1" * 150 + "/" + "0" * 149, "1e999999999", "1 " * 10_000, "1e99" * 70),
+    *(r"\boxed{" * 10_000, r"\boxed{1}, " * 10_000, r"\boxed" + " " * 100_000, r"\frac" * 60),
+    *(r"\text{" * 5_000, "final answer is $" * 10_000, "he answer is" + " :" * 50_000, "nan"),
+    *("<<" * 10_000, "####" * 10_000, "[(1,2)," * 42, "5 " + "a " * 140, "٣٤", "\0" * 10, "\ud800"),
 ]
 
 
@@ -456,7 +414,9 @@ def test_hostile_text_is_answered_at_once(text):
 
 
 PIECES = r"""\frac \boxed \text{ \sqrt { } ( ) [ ] , 1 2 30 0 x y + - * / ^ $ % = pi . \\ & ####
-<< >> – ½ ans he~answer~is final~answer~is~$ $.~I~hope ٣ inf e5 _ ! | \left million and \begin{pmatrix}"""
+<< >> – ½ ans he~answer~is final~answer~is~$ $.~I~hope ٣ inf e5 _ ! | \left million
+and \begin{pmatrix}
+"""
 pieces = st.sampled_from(PIECES.split())
 noise = st.lists(pieces, max_size=40).map(lambda p: "".join(p).replace("~", " ")) | st.text()
 
@@ -860,12 +820,9 @@ def refused(arguments, capsys, status=2):
         (["--task", "svamp", "--file", "none.json"], "none.json"),
         (["--task", "slm.pt", "--file", "slm.pt"], "--file"),
         (["--data", "data/none"], "python prepare_data.py"),
-        (["--n", "0"], "--n"),
+        *[([flag, "0"], flag) for flag in ("--n", "--batch_size", "--max_new_tokens", "--device")],
         (["--n", "many"], "--n"),
         (["--shots", "9"], "--shots"),
-        (["--batch_size", "0"], "--batch_size"),
-        (["--max_new_tokens", "0"], "--max_new_tokens"),
-        (["--device", "abacus"], "--device"),
         (["--max", "5"], "--max"),  # no abbreviations
         (["--out", "slm.pt/a.jsonl"], "slm.pt"),
     ],
@@ -886,14 +843,13 @@ def test_bad_input(folder, capsys, arguments, said):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("fails", ["replace", "dumps"])
-def test_full_disk_leaves_the_old_file_and_nothing_else(folder, capsys, monkeypatch, fails):
+def test_full_disk_leaves_the_old_file_and_nothing_else(folder, capsys, monkeypatch):
     (folder / "a.jsonl").write_text("old")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os if fails == "replace" else eval_math.json, fails, full)
+    monkeypatch.setattr(os, "replace", full)
     before = sorted(folder.rglob("*"))
     said = refused(["--ckpt", "slm.pt", "--out", "a.jsonl", "--max_new_tokens", "5"], capsys)
     assert "No space left on device" in said and "a.jsonl" in said
@@ -924,12 +880,3 @@ def test_a_hugging_face_folder_is_a_checkpoint(folder, capsys, monkeypatch):
     assert (folder / "llama.demo.answers.jsonl").exists()
     monkeypatch.setattr(eval_math, "load_model", lambda *_: (tiny_gpt(), {}))
     assert "llama has no tokenizer" in refused(["--ckpt", "llama"], capsys)
-
-
-def test_help_explains_each_flag(capsys):
-    with pytest.raises(SystemExit):
-        main(["-h"])
-    text = " ".join(capsys.readouterr().out.split())
-    for name in "ckpt task file data n shots batch_size max_new_tokens out device".split():
-        usage = text.split("options:")[1].split(f"--{name} ", 1)[1]
-        assert re.match(r"(\{[^}]*\}|[A-Z_]+) [a-zA-Z(]", usage), name
