@@ -421,9 +421,10 @@ class SelectedLoss(torch.autograd.Function):
         weighted_h = (h * weight).to(h.dtype)  # (k, C)
         grad_h = torch.zeros_like(h, dtype=torch.float32)  # (k, C), without the weight
         grad_head = torch.empty_like(head)  # (V, C)
+        kept_logits = kept.logits
+        kept.logits = []  # used up below: worked on in place, and each block freed after its use
         for start, part in vocabulary_blocks(head, len(hidden), hidden.dtype):
-            # Taken out of the list, so that no more memory is held than needed.
-            logits = kept.logits.pop(0)[rows] if kept.logits else h @ part.T  # (k, v)
+            logits = kept_logits.pop(0)[rows] if kept_logits else h @ part.T  # (k, v)
             # In float32: in bfloat16 the error of a learned token, 0.999 - 1, would be 0.
             error = logits.float().sub_(log_z).exp_()  # (k, v), the softmax
             column, inside = target_column(target, start, len(part))
