@@ -751,7 +751,9 @@ def save_tokenizer(spec, folder, block_size):
     # Of a tokenizer.json, the package's own tokenizer.
     tokenizer = encoding.tokenizer if "file" in spec else tokenizer_of(encoding)
     bos = prompt_start(encoding)[-1]
-    eos = encoding.eot_token if encoding.eos_token is None else encoding.eos_token
+    eos = getattr(encoding, "eos_token", None)
+    if eos is None:
+        eos = encoding.eot_token
     front = tokenizer.id_to_token(bos)
     # The student has read this token in front of every document, so each text gets it.
     if tokenizer.encode("").ids != [bos]:
