@@ -565,6 +565,14 @@ def test_an_old_llama_without_the_later_keys_is_read():
     assert (config.n_kv_head, config.head_dim, config.tied) == (32, 64, False)
 
 
+def test_what_is_left_out_is_what_the_family_has():
+    assert config_from_hf({**TINYLLAMA, "model_type": "qwen3"}).head_dim == 128
+    mistral = {**TINYLLAMA, "model_type": "mistral", "max_position_embeddings": 8192}
+    assert config_from_hf(mistral).window == 4096
+    assert config_from_hf({**mistral, "sliding_window": 8191}).window == 8191
+    assert config_from_hf({**mistral, "sliding_window": 8192}).window == 0
+
+
 REFUSED = {
     "model_type": {"model_type": "gpt2"},
     "hidden_act": {"hidden_act": "gelu"},
