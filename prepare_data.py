@@ -61,7 +61,7 @@ MAGIC = {  # how a file begins that is not plain text
 CARDS = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")  # about a set
 PIECE = 1 << 16  # characters: a document of a .txt
 STEP = 1 << 12  # characters: a step in reading
-BATCH = 1 << 21  # characters that are in memory at a time, if no document is longer
+BATCH = 1 << 20  # characters that are in memory at a time, if no document is longer
 LANES = 64  # files of one source that are open at a time
 VAL_CORPUS = 200  # documents of the corpus that are held out, at most
 NGRAM = 13  # words in a row that make a document contaminated if a question has them too
@@ -677,7 +677,7 @@ def read_file(path, source, args):
                 raise InputError("a JSON array, not lines: name the file .json")
             try:
                 if is_lines:
-                    row = json.loads(row.strip() or '""')
+                    row = json.loads('""' if row.isspace() else row)
                 segments = row_segments(row, source.fields)
                 if source.role == "sft" and not any(is_answer for _, is_answer in segments):
                     raise ValueError("--sft needs QUESTION,ANSWER or a chat")
@@ -852,6 +852,8 @@ def question_runs(question):
 
 def make_index(questions):
     """[question, ...] -> Index"""
+    if not questions:
+        return Index(None, {}, [])
     import pyarrow
 
     numbers = {}
@@ -864,11 +866,11 @@ def make_index(questions):
     return Index(vocabulary, runs, sorted({len(key) // 4 for key in runs}))
 
 
-def find_questions(texts, index):
-    """For each text a question that it holds, or ""."""
+def find_questions(parts, index):
+    """For each part a question that it holds, or ""."""
     from pyarrow import compute
 
-    lists = words(texts)
+    lists = words([part.text for part in parts])
     numbers = compute.index_in(lists.flatten(), value_set=index.vocabulary)
     numbers = compute.fill_null(numbers, -1).to_numpy()
     bounds = lists.offsets.to_numpy()
@@ -916,20 +918,27 @@ def clean(documents, index, report, keep):
                     yield document
 
 
-def search(batch, index, pool):
-    """Set the question that a document holds. A long one is searched in overlapping blocks."""
-    texts = []
-    owners = []
-    for document in batch:
-        for block in blocks_of(document.text, overlap=4000):
-            texts.append(block)
-            owners.append(document)
+@dataclass
+class Part:
+    text: str
+    document: Document
+
+
+def parts_of(documents):
+    for document in documents:
+        for block in blocks_of(document.text, overlap=4000):  # a run may lie over a seam
+            yield Part(block, document)
+
+
+def search(documents, index, pool):
+    """Set the question that a document holds. A long one is searched in overlapping parts."""
     cores = os.cpu_count()
-    shares = [texts[i::cores] for i in range(cores)]
-    found = pool.map(find_questions, shares, [index] * cores)
-    for i, questions in enumerate(found):
-        for document, question in zip(owners[i::cores], questions, strict=True):
-            document.question = document.question or question
+    for batch in batches(parts_of(documents)):
+        shares = [batch[i::cores] for i in range(cores)]
+        found = pool.map(find_questions, shares, [index] * cores)
+        for share, questions in zip(shares, found, strict=True):
+            for part, question in zip(share, questions, strict=True):
+                part.document.question = part.document.question or question
 
 
 # ---- Splits: what is held out ----
