@@ -25,6 +25,7 @@ import heapq
 import io
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -777,6 +778,7 @@ def read_role(sources, role, args):
         document.progress = used / size if size else 0.0  # from here on: of all files together
         for block in blocks_of(document.text):
             document.source.digest.update(block.encode())
+        document.source.counts["characters"] += len(document.text)
         if document.text.strip():
             yield document
         else:
@@ -952,22 +954,12 @@ def fingerprint(text):
     return digest.digest()
 
 
-def share_to_hold(n, seen, progress, sources, max_tokens):
-    """The share of documents to hold out for about n in the end, as far as can be told by now."""
-    totals = [seen / progress] if progress else []
-    tokens = sum(source.counts["tokens"] for source in sources)
-    if max_tokens and tokens:
-        written = sum(source.counts["documents"] for source in sources)
-        totals.append(written * max_tokens / tokens)
-    return n / min(totals) if totals else 1.0
-
-
-def hold_out(documents, held, n, sources, args, avoid=()):
+def hold_out(documents, held, n, seed, avoid=(), max_characters=math.inf):
     """Yield the documents but for at most n, spread over all of them, which go into `held`.
 
-    Whether one is held depends on its text alone, and the share only falls: so a copy of a
-    document that was not held is not held later. Copies of what is in `held` or `avoid`
-    ({fingerprint: Document}) are dropped.
+    Whether one is held depends on its text alone, and the share of those that are only falls: so
+    a copy of a document that was not held is not held later. Copies of what is in `held` or
+    `avoid` ({fingerprint: Document}) are dropped.
     """
     documents = iter(documents)
     beginning = list(islice(documents, 2))
@@ -977,12 +969,14 @@ def hold_out(documents, held, n, sources, args, avoid=()):
         held[""] = replace(only, text=only.text[cut:])
         yield replace(only, text=only.text[:cut])
     share = 0.1
+    characters = 0
     for seen, document in enumerate(chain(beginning, documents), 1):
+        characters += len(document.text)
         if seen % 64 == 0:
-            now = share_to_hold(n, seen, document.progress, sources, args.max_tokens)
-            share = min(share, now)
+            progress = max(document.progress, characters / max_characters)
+            share = min(share, n * progress / seen) if progress else share
         key = fingerprint(document.text)
-        lot = hashlib.sha256(f"{args.seed} {document.source.role} ".encode() + key).digest()
+        lot = hashlib.sha256(f"{seed} {document.source.role} ".encode() + key).digest()
         drawn = int.from_bytes(lot[:8], "big") / 2**64 < share
         if key in held or key in avoid:
             document.source.counts["duplicates"] += 1
@@ -1249,27 +1243,37 @@ def prepare_text(args, sources, command):
             val.setdefault(fingerprint(document.text), document)
         n_val = 0 if args.val else args.val_docs
         reference = read_clean(sources, "reference", args, index, report)
-        reference = hold_out(reference, val, n_val, of_role(sources, "reference"), args)
+        reference = hold_out(reference, val, n_val, args.seed)
         write_split(work, "ref", reference, encoding, meta)
         write_split(work, "val", val.values(), encoding, meta)
         check_enough(sources, "reference", ("ref", "val"), meta)
 
         val_corpus = {}
         corpus = read_clean(sources, "corpus", args, index, report)
-        parts = of_role(sources, "corpus")
-        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, parts, args, avoid=val)
+        limit = characters_of(args.max_tokens, of_role(sources, "reference"))
+        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, args.seed, val, limit)
         write_split(work, "train", corpus, encoding, meta, args.max_tokens)
         write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
         check_enough(sources, "corpus", ("train", "val_corpus"), meta)
 
         if args.sft:
             pairs = read_clean(sources, "sft", args, index, report)
-            pairs = hold_out(pairs, {}, 0, of_role(sources, "sft"), args, avoid=val)
+            pairs = hold_out(pairs, {}, 0, args.seed, avoid=val)
             write_answers(work, pairs, encoding, meta)
             check_enough(sources, "sft", ("sft",), meta)
         copy_tokenizer(work, spec)
         meta["sources"] = [source.report() for source in sources]
         publish(work, args.out, meta)
+
+
+def characters_of(tokens, sources):
+    """About how many characters a number of tokens is, going by these sources."""
+    if not tokens:
+        return math.inf
+    counts = Counter()
+    for source in sources:
+        counts.update(source.counts)
+    return tokens * counts["characters"] / counts["tokens"]
 
 
 def write_split(work, name, documents, encoding, meta, max_tokens=None):

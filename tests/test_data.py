@@ -1124,7 +1124,7 @@ def test_a_small_tokenizer_is_trained(text, capsys):
 def test_trained_tokens_are_those_of_byte_pair_encoding():
     from tiktoken._educational import bpe_train
 
-    text = Path(__file__).read_text()[:20_000]
+    text = Path(__file__).read_text()[:5000]
     theirs = bpe_train(text, 320, prepare_data.PATTERN, visualise=None)
     ours = prepare_data.train_bpe(text, 320, prepare_data.PATTERN)
     assert ours == sorted(theirs, key=theirs.get)
@@ -1205,12 +1205,11 @@ def peak(name, reference):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded(text):
     """By 200 MB for lines of any number, and by three times a long document."""
-    Path("short.jsonl").write_text('{"text": "a b"}\n' * 200_000)
+    Path("short.jsonl").write_text("".join(f'{{"text": "a {i}"}}\n' for i in range(60_000)))
     line = json.dumps({"text": " ".join(WORDS * 60)}) + "\n"
     Path("many.jsonl").write_text("".join(line.replace("sum", str(i), 1) for i in range(4000)))
-    Path("long.jsonl").write_text(
-        json.dumps({"text": " ".join(WORDS * 500_000)}) + '\n{"text": "b"}'
-    )
+    Path("long.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 300_000)}) + "\n")
+    append("long.jsonl", TEXT * 2)
     short, many, long = (peak(f"{name}.jsonl", "ref.jsonl") for name in ("short", "many", "long"))
     assert short < 200 and many < 200, (short, many)
     assert long - short < 3 * Path("long.jsonl").stat().st_size / 1e6, (long, short)
