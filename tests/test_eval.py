@@ -114,7 +114,7 @@ The answer is 3.1416  == \pi ⏐ The answer is 3.15  != \pi
 
 def check_rows(table):
     """A row: a text, then right answers after == and wrong ones after !=; ⏎ is a line break."""
-    for row in re.split(r" ⏐ |\n", re.sub("# .*\n", "", table.strip())):
+    for row in re.split(r" ⏐ |\n", re.sub("(?m)^# .*\n", "", table.strip())):
         text, *golds = re.split("  (==|!=) ", row.replace("⏎", "\n"))
         answer = extract_answer(text)
         for sign, gold in zip(golds[::2], golds[1::2], strict=True):
@@ -158,7 +158,7 @@ about $2\frac{1}{2}$ cups  => 2\frac{1}{2} ⏐ a fall of 12.5%  => 12.5% ⏐ it 
 
 
 def test_extraction():
-    for row in re.split(r" ⏐ |\n", re.sub("# .*\n", "", EXTRACTION.strip())):
+    for row in re.split(r" ⏐ |\n", re.sub("(?m)^# .*\n", "", EXTRACTION.strip())):
         text, answer = row.replace("⏎", "\n").split("  => ")
         assert extract_answer(text) == answer, row
     for text in ("", None, "no idea", "٣ and ²"):
@@ -286,6 +286,7 @@ def test_without_the_extra_text_and_numbers_still_count(monkeypatch):
     monkeypatch.setattr(eval_math, "has_math_verify", lambda: False)
     check_rows(NUMBERS)
     check_pairs(EQUAL, True)
+    test_a_name_before_the_equals_sign_is_a_label()
     assert is_equiv(r"\sqrt 2", r"$\sqrt2$")
     assert not is_equiv("(x+1)^2", "x^2+2x+1")
 
