@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, SLM_RUN  # noqa: E402
 
-from rho import read_log, read_runs, tokens_to_reach, took, value  # noqa: E402, F401
+from rho import read_log, read_runs, tokens_to_reach, total_seconds, value  # noqa: E402, F401
 
 # The kinds of token that prepare_data.py writes down, and one that read_losses adds.
 SLIP = 6
@@ -240,7 +240,7 @@ def fisher_p(right_a, asked_a, right_b, asked_b):
 
 def seconds(runs):
     """Of training and of answering, over all runs of {run: records}."""
-    return sum(took(records) for records in runs.values())
+    return sum(total_seconds(records) for records in runs.values())
 
 
 # ---- the losses of single tokens -----------------------------------------------------------------

@@ -35,7 +35,7 @@ from experiments import (  # noqa: E402
 from logs import deviation, published, read_log, read_losses, read_runs, value  # noqa: E402
 
 from prepare_data import InputError  # noqa: E402
-from rho import unlike  # noqa: E402
+from rho import why_not_comparable  # noqa: E402
 
 # ---- runs against tokens -------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def run_label(run, runs):
         label += f"\n({tokens / 1e6:.2g} M tokens)"
     elif start != clm[0]["config"].get("init", ""):
         label += f"\n(from {Path(start).name})"
-    elif unlike(records, clm):
+    elif why_not_comparable(records, clm):
         label += " *"
     return label
 

@@ -147,7 +147,7 @@ def test_reference_that_is_not_finished(place, capsys):
     path = place[1] / "ref.pt"
     torch.save(model.load_checkpoint(path) | {"steps": 1000}, path)
     line = refused(place, capsys, "--stage=slm")
-    assert "not trained to its end" in line and "--stage ref" in line
+    assert "has not finished training" in line and "--stage ref" in line
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5000, -1])
@@ -273,7 +273,9 @@ def test_a_signal_ends_a_run_in_one_line_and_it_resumes(place, number, status):
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == status
-    assert said.splitlines() == ["rho.py: interrupted; the same command resumes"]
+    assert said.splitlines() == [
+        "rho.py: interrupted; the same command (without --restart) resumes"
+    ]
     step = model.load_checkpoint(place[1] / "clm.pt")["step"]
     assert 0 < step < 1000000 // 256 and not list(place[1].rglob("*.tmp"))
 
@@ -356,7 +358,7 @@ def test_every_run_shows_and_another_length_is_marked(place, capsys):
     rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
     assert {"mine", "above", "longer", "ref", "clm"} <= rows.keys()
     assert "longer *" in rows["longer"] and "*" not in rows["mine"] + rows["above"]
-    assert "longer is not comparable with clm: tokens 2048, not 1024" in said
+    assert "longer cannot be compared with clm: tokens 2048, not 1024" in said
 
 
 def test_a_table_of_nothing_says_what_to_run(place, capsys):

@@ -161,6 +161,16 @@ def test_soft_weights_train_in_either_form(cfg, monkeypatch, fast):
     assert records[-1]["trained"] == 2560  # every token has a weight
 
 
+@pytest.mark.parametrize("name", ["token_loss", "selective_loss"])
+def test_an_edited_loss_that_the_fast_form_would_not_run_is_refused(cfg, monkeypatch, name):
+    """Else a student changes the loss, and measures the old one."""
+    real = getattr(rho, name)
+    monkeypatch.setattr(rho, name, lambda *inputs: 1.1 * real(*inputs))
+    with pytest.raises(rho.InputError, match="only --fast false runs them"):
+        go(cfg, "clm")
+    go(cfg, "clm", fast=False)
+
+
 def test_the_whole_sequence_stays_the_input(cfg):
     """Before the first step both arms have the same losses: the mask hides nothing from them."""
     go(cfg, "ref")
@@ -202,7 +212,7 @@ def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
     torch.manual_seed(cfg.seed)
     assert same(model, GPT(model.config))  # not even weight decay moved it
     assert records[-1]["trained"] == 0 and records[-1]["empty_steps"] == 2
-    assert "2 steps selected no token" in capsys.readouterr().out
+    assert "in 2 steps --threshold 50.0 selected no token" in capsys.readouterr().out
 
 
 def test_momentum_moves_nothing_while_nothing_is_selected(cfg, monkeypatch):
@@ -476,7 +486,7 @@ def test_another_number_of_processes_is_another_run(cfg):
     go(cfg, "clm")
     run = Run(cfg)
     run.world = 2
-    with pytest.raises(rho.InputError, match="processes"):
+    with pytest.raises(rho.InputError, match="number of processes"):
         rho.train_arm(cfg, run, "clm")
 
 
@@ -514,8 +524,8 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(cfg, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
     real, steps = rho.take_step, []
 
-    def diverges(cfg, run, model, optimizers, step, weight):
-        norm = real(cfg, run, model, optimizers, step, weight)
+    def diverges(cfg, run, model, optimizers, step, n_selected):
+        norm = real(cfg, run, model, optimizers, step, n_selected)
         steps.append(1)
         if len(steps) == 5:
             model.norm.weight.data[0] = torch.nan
@@ -551,7 +561,7 @@ def test_a_reference_with_nan_scores_nothing(cfg):
     saved = load_checkpoint(path)
     saved["model"]["norm.weight"][0] = torch.nan
     torch.save(saved, path)
-    with pytest.raises(rho.InputError, match="ref.pt: its score is not finite"):
+    with pytest.raises(rho.InputError, match="ref.pt: its ref_loss is not finite"):
         go(cfg, "slm")
 
 
