@@ -47,7 +47,7 @@ from prepare_data import InputError, get_tokenizer, prompt_start, stop_tokens, w
 COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # of thousands; in "12, 345" it is none
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
 NUMBER = rf"(?:[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|{DECIMAL})"  # 2 1/2, 3/4, 1.5, 1.5e3
-GSM8K = re.compile(rf"#### {{0,3}}(-? ?\$? ?-?{NUMBER}%?)(?![.)]? +[A-Z])")  # no "#### 2. Step"
+GSM8K = re.compile(rf"#### {{0,3}}(-?\$?-?{NUMBER}%?)(?![.)]? +[A-Z])")  # no "#### 2. Step"
 
 
 def gsm8k_answer(text):
