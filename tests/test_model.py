@@ -730,7 +730,7 @@ def ranks_spec(pattern):
     """meta.json's tokenizer: bytes, then pieces, of which not all are made of two others."""
     import base64
 
-    pieces = " t|he| the|in|er|34|123|12|45|aa|aaaa|def|return| self|\n\n|  |é|日本|entire|'ll"
+    pieces = " t|he| the|in|er|34|123|12|45|aa|aaaa|pq|qr|pqr|def|return| self|\n\n|  |é|日本|entire|'ll"
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [piece.encode() for piece in pieces.split("|")]
     return {
@@ -752,7 +752,7 @@ def many_texts():
         range(0x10000, 0x30000),
         [ord(c) for c in " \n\r\ta1é'\u00a0\u2003\u3000\u0301\u0661"],
     ]
-    texts = ["", "<|endoftext|>", "a <|endoftext|>b", "aaaaaaa aaaaa", "12345678\n\n\n 9"]
+    texts = ["", "<|endoftext|>", "a <|endoftext|>b", "aaaaaaa aaaaa", "zpqr", "12345678\n\n\n 9"]
     for i in range(300):
         letters = generator.choices(alphabets[i % 5], k=generator.randint(1, 50))
         texts.append("".join(map(chr, letters)))
