@@ -730,7 +730,8 @@ def ranks_spec(pattern):
     """meta.json's tokenizer: bytes, then pieces, of which not all are made of two others."""
     import base64
 
-    pieces = " t|he| the|in|er|34|123|12|45|aa|aaaa|pq|qr|pqr|def|return| self|\n\n|  |é|日本|entire|'ll"
+    pieces = " t|he| the|in|er|34|123|12|45|aa|aaaa|pq|qr|pqr|"
+    pieces += "def|return| self|\n\n|  |é|日本|entire|'ll"
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [piece.encode() for piece in pieces.split("|")]
     return {
