@@ -202,13 +202,14 @@ EQUAL = r"""
 DIFFERENT = r"""
 5 = 6 | 5 = -5 | 100 = 101 | 10000 = 10001 | 0 = 0.0001 | 5 = 5000 | 75 = 3/4 | 2ab = 2 | 5x = 5
 x5 = 5 | 2 pi = 2 | 2 million = 2 | 3 and 4 = 3 | 1 2 = 12 | 100.0 = 100.05 | 33.35 = 100/3
-\frac{1}{23} = \frac{12}{3} | (1,234) = 1234 | A = B | north = thorn | Mon. 5 = Tue. 6 | 1/0 = 2/0
+\frac{1}{23} = \frac{12}{3} | (1,234) = 1234 | A = B | night = thing | Mon. 5 = Tue. 6 | 1/0 = 2/0
 12_5 = 12 | 5 and a half = 5 | 5x^2 = 5 | 5 \text{ hundred} = 5"""
 SAME = r"""
 x^2+2x+1 = (x+1)^2 | \sqrt{8} = 2\sqrt2 | \sqrt[3]{27} = 3 | \frac{\pi}{2} = π/2 | 2^{10} = 1024
 \frac{x}{7}+\frac{2}{7} = \frac{x+2}{7} | 1.5 \times 10^3 = 1500 | (0.5,3) = (\frac{1}{2},3)
 (0.6,2.6667] = (\frac{3}{5},\frac{8}{3}] | \pm 3 = 3,-3 | x \in [2,5) = [2,5) | e = 2.71828
-2\sqrt{3} \text{ cm} = 2\sqrt{3} | 1000(26) = 26000 | 15 apples = 3 \cdot 5 | 3 squared = 9"""
+2\sqrt{3} \text{ cm} = 2\sqrt{3} | 1000(26) = 26000 | 15 apples = 3 \cdot 5 | 3 squared = 9
+1 \leq x \leq 2 = [1,2]"""
 OTHER = r"""
 (1,2) = (2,1) | (1,2) = [1,2] | (1,2) = (1,2,3) | x+1 = x+2 | x = y | a+b = a+c
 9^{9^{9^{9}}} = 1 | 1.4149 = \sqrt{2} | x > 3 = x \ge 3 | \frac{22}{7} = \pi"""
@@ -305,7 +306,7 @@ def test_latex_is_compared_in_any_thread_and_in_bounded_time():
     def judge(text):
         verdicts[text] = is_equiv(text, "1"), is_equiv(r"\sqrt{8}", r"2\sqrt{2}")
 
-    threads = [threading.Thread(target=judge, args=(text,)) for text in heavy]
+    threads = [threading.Thread(target=judge, args=(text,), daemon=True) for text in heavy]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
