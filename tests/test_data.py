@@ -496,7 +496,7 @@ def test_near_misses_and_what_every_page_has_are_kept(text):
     common = [
         "Why?",
         "What is the answer?",
-        "How many are left?",
+        "What is the value of it?",
         markup,
         "a b c d e f g h i j k l m n",
     ]
@@ -509,7 +509,7 @@ def test_every_place_in_a_text_is_searched(text):
     """A run of words is found wherever it begins, in whatever it is hidden."""
     places = [(before, after) for before in range(30) for after in range(3)]
     hidden = [f"{'w ' * b}{q}{' w' * a}" for q in (LONG, SHORT) for b, a in places]
-    seam = "w " * (prepare_data.BATCH // 2 - 20) + LONG + " w" * 9  # over the end of a block
+    seam = "w " * (prepare_data.BATCH // 2 - 10) + SHORT + " w" * 9  # over the end of a block
     kept, found = contaminated(text, *hidden, "w " * 100, seam)
     assert found["found"] == len(hidden) + 1 == 181
     assert kept == [False] * len(hidden) + [True, False]
