@@ -34,7 +34,7 @@ TWO_AT_A_TIME = tr '\n' '\0' | PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS
 	touch $@
 
 .venv/test: .venv/demo
-	$(INSTALL) safetensors tokenizers math-verify zstandard pytest hypothesis ruff transformers psutil
+	$(INSTALL) safetensors tokenizers math-verify pytest hypothesis ruff transformers psutil
 	touch $@
 
 clean:
