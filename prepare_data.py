@@ -47,6 +47,11 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # on Microsoft Windows: there two runs that write one folder are not noticed
+    fcntl = None
+
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")  # these may be packed
 TABLE_ENDINGS = (".parquet", ".arrow")
 PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstandard"}
@@ -86,8 +91,73 @@ math,general  questions  1    openai/gsm8k:main            test   question,answe
 """  # all on the hub; weight: share of what is read in that role
 
 
+# ---- What all four scripts share ----
+
+
 class InputError(ValueError):
     """Something the user can fix: one line naming file or flag. Scripts print it and exit 2."""
+
+
+class OneLineParser(ArgumentParser):
+    """Says in one line what is wrong with a flag, without the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}. See python {self.prog} -h\n")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised on a signal; args[0] is its number."""
+
+
+def raise_interrupted(number, frame):
+    raise Interrupted(number)
+
+
+@contextmanager
+def catch_signals(handler):
+    """Ctrl-C and SIGTERM call `handler` inside the with block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
+@contextmanager
+def only_writer(path, wait=False, remedy="give a --name"):
+    """Hold PATH.lock inside the with block. While another process holds it: wait, or InputError."""
+    if fcntl is None:
+        yield
+        return
+    lock_path = Path(f"{path}.lock")
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(lock_path, wait, remedy)
+    try:
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def take_lock(path, wait, remedy):
+    """A file descriptor that holds the lock. Its end comes with the process, also after a crash."""
+    how = fcntl.LOCK_EX
+    if not wait:
+        how |= fcntl.LOCK_NB
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, how)
+        except BlockingIOError as error:
+            os.close(lock)
+            run = path.with_suffix("")
+            raise InputError(f"{run} is being written by another run: {remedy}") from error
+        # The holder before may have deleted the file after we opened it. A lock on a deleted file
+        # keeps nobody out: try again.
+        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)
 
 
 @contextmanager
@@ -108,6 +178,15 @@ def whole_file(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path):
+    """sha256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---- Tokenizers: a name that tiktoken knows, ranks in a meta.json, or a tokenizer.json ----
@@ -1084,26 +1163,16 @@ REMEDY = "Run: python prepare_data.py"
 
 @contextmanager
 def new_folder(folder):
-    """An empty folder beside `folder` to write in. What a killed run left in it is cleared.
-
-    It is locked; the system frees the lock of a run that is dead, and only then it is ours.
-    """
-    import fcntl
-
+    """An empty folder beside `folder` to write in. What a killed run left in it is cleared."""
     folder = Path(folder).absolute()
     for name in set(WRITTEN) - listed_files(folder):
         if Path(folder, name).exists():
             raise InputError(f"{folder / name} is not of prepare_data.py: choose another --out")
     work = folder.parent / f".{folder.name}.preparing"
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / ".lock", "w") as lock:
+    with only_writer(work, remedy="choose another --out"):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--out {folder}: another run is writing it") from error
-        try:
-            for file in set(work.iterdir()) - {work / ".lock"}:
-                file.unlink()
             yield work
         finally:
             shutil.rmtree(work)
@@ -1123,7 +1192,7 @@ def listed_files(folder):
 def publish(work, folder, meta):
     """Move the files of `work` to `folder`, meta.json last; the files of the run before go."""
     folder = Path(folder)
-    files = sorted(path for path in work.iterdir() if path.name != ".lock")
+    files = sorted(work.iterdir())
     meta["files"] = {path.name: file_digest(path) for path in files}
     folder.mkdir(exist_ok=True)
     # A run that is killed below leaves a folder without meta.json, that is, not prepared, but
@@ -1138,15 +1207,6 @@ def publish(work, folder, meta):
     os.replace(folder / "meta.json.new", folder / "meta.json")
     for name in old - {"meta.json"}:
         Path(folder, name).unlink(missing_ok=True)
-
-
-def file_digest(path):
-    """sha256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_meta(folder):
@@ -1578,7 +1638,8 @@ def train_tokenizer(args, sources):
 
 
 def make_parser():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    raw = RawDescriptionHelpFormatter
+    parser = OneLineParser("prepare_data.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     paths = {"nargs": "+", "metavar": "PATH", "default": []}
     add("--reference", **paths, help="clean text: the target")
@@ -1667,19 +1728,13 @@ def main(argv):
     if args.separator:
         args.separator = args.separator.replace("\\n", "\n")
     try:
-        run(args, " ".join(["python prepare_data.py", *argv]))
+        with catch_signals(raise_interrupted):
+            run(args, " ".join(["python prepare_data.py", *argv]))
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
         parser.exit(2, f"{error}; {args.out} is not written\n")
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        parser.exit(128 + number, f"interrupted; {args.out} is not written\n")
-
-
-def interrupt(number, frame):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
+    except Interrupted as error:
+        parser.exit(128 + error.args[0], f"interrupted; {args.out} is not written\n")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
     main(sys.argv[1:])
