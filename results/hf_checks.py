@@ -227,14 +227,14 @@ def compare_logits(model, theirs, gguf_file, tokens):
     values = {"logits_difference_float32": largest_difference(model, theirs, tokens)}
     gguf = {"gguf_file": gguf_file.name, "dtype": torch.float64}
     by_gguf = type(theirs).from_pretrained(gguf_file.parent, **gguf)
-    # In float64 nothing is left but a difference of the functions.
+    # In float64 only roundings of transformers' own are left: its norms compute in float32.
     values["logits_difference_float64"] = largest_difference(model.double(), by_gguf, tokens)
     values["largest_logit"] = by_gguf(tokens).logits.abs().max().item()
     model.float()
     return values
 
 
-PROMPT = "The capital of France is"
+PROMPTS = ["The capital of France is", "Photosynthesis is the process by which"]
 
 
 @torch.no_grad()
@@ -259,17 +259,19 @@ def smollm2(args):
         ids = their_tokenizer(text, add_special_tokens=False).input_ids
         same_ids += ids == encoding.encode_ordinary(text)
 
-    prompt = encoding.encode_ordinary(PROMPT)
-    written = generate(model, [prompt], 40)[0]
-    their_text = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0]
+    prompts = [encoding.encode_ordinary(prompt) for prompt in PROMPTS]
+    written = generate(model, prompts, 30)
+    greedy = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    their_text = [theirs.generate(torch.tensor([prompt]), **greedy)[0] for prompt in prompts]
+    ours = [prompt + new for prompt, new in zip(prompts, written, strict=True)]
     loss, n_tokens = mean_loss(model, encoding, texts)
     values.update(
         parameters=model.num_params(),
         same_ids=f"{same_ids} of {len(texts)} texts",
         loss_nats=round(loss, 4),
         loss_is_of=f"{n_tokens} tokens of {Path(args.text).name}",
-        continuation=[PROMPT, encoding.decode(written)],
-        same_greedy_text=their_text.tolist() == prompt + written,
+        continuations=[encoding.decode(tokens) for tokens in ours],
+        same_greedy_text=[tokens.tolist() for tokens in their_text] == ours,
     )
     record("smollm2", values)
 
