@@ -17,7 +17,6 @@ parser.py and grader.py), its looseness included: 0.5 is 50, for one may be a pe
    a moment. The harness asks sympy's eval(); text that a model wrote is never run as code here.
 """
 
-import argparse
 import csv
 import functools
 import importlib.util
@@ -40,7 +39,15 @@ import torch
 from tqdm import tqdm
 
 from model import generate, load_model
-from prepare_data import InputError, get_tokenizer, prompt_start, stop_tokens, whole_file
+from prepare_data import (
+    InputError,
+    OneLineParser,
+    get_tokenizer,
+    prompt_start,
+    raise_interrupted,
+    stop_tokens,
+    whole_file,
+)
 
 # ---- 1. Numbers: all that GSM8K, SVAMP, ASDiv, MAWPS and TabMWP need ----
 
@@ -753,8 +760,7 @@ def wilson_interval(right, n):
 def make_parser():
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     devices = [name for name in there if there[name]] + ["cpu"]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, no usage
+    parser = OneLineParser("eval_math.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     tasks = ", ".join(TASKS)
     flag("--ckpt", required=True, help="checkpoint of rho.py, or a Hugging Face folder")
@@ -866,13 +872,14 @@ def main(argv=None):
             for name, questions in loaded.items()
         }
     except (InputError, OSError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the same command starts again\n")
+        parser.exit(2, f"eval_math.py: {error}\n")
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        parser.exit(128 + number, "eval_math.py: interrupted; the same command starts again\n")
     if args.task == "all":
         print_table(shares)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, raise_interrupted)
     main()

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import zipfile
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from prepare_data import InputError, get_tokenizer, prompt_start, tokenizer_spec, whole_file
+from prepare_data import (
+    InputError,
+    OneLineParser,
+    get_tokenizer,
+    prompt_start,
+    tokenizer_spec,
+    whole_file,
+)
 
 
 class ModelError(InputError):
@@ -819,7 +826,9 @@ def write_json(path, content):
 
 
 def main(argv=None):
-    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        "model.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint that rho.py wrote")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder, or that of an old export")
     args = parser.parse_args(argv)
@@ -837,11 +846,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "model.py: interrupted; the same command starts again\n")
     print(f"{args.folder}: {model.num_params():,} parameters, for AutoModelForCausalLM")
-
-
-class OneLineParser(ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"model.py: {message}. See python model.py -h\n")
 
 
 if __name__ == "__main__":

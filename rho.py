@@ -51,7 +51,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -69,19 +69,18 @@ from eval_math import answer_questions, load_questions
 from model import GPT, GPTConfig, all_losses, load_checkpoint, load_model, selected_loss
 from prepare_data import (
     InputError,
+    Interrupted,
+    OneLineParser,
+    catch_signals,
     check_files,
     file_digest,
     get_tokenizer,
     load_meta,
+    only_writer,
     prepare_demo,
+    raise_interrupted,
     whole_file,
 )
-
-try:
-    import fcntl
-except ImportError:  # on Microsoft Windows: there two runs that write one file are not noticed
-    fcntl = None
-
 
 # ==== THE METHOD ==================================================================================
 # Ordinary training averages the loss of all tokens. These four functions are what SLM does instead.
@@ -385,6 +384,12 @@ def check_fast_form(model, hidden, targets, mask, loss):
         raise InputError("token_loss or selective_loss was changed: only --fast false runs them")
 
 
+def check_finite(values, what, where):
+    """InputError if a loss, score, norm or weight is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise InputError(f"{what} is not finite at {where}. The last checkpoint is intact")
+
+
 def take_step(cfg, run, model, optimizers, step, n_selected):
     """One optimizer step. The gradients are of a sum over n_selected tokens. Returns their norm."""
     # The mean of equation 3 is formed here, where the number of selected tokens of the whole batch
@@ -575,7 +580,7 @@ def score_corpus(cfg, run, windows):
     folder = Path(cfg.out, "scores", sha256(depends_on.encode()).hexdigest()[:16])
     files = {name: folder / f"{name}.f16" for name in names}
 
-    with only_writer(folder, run, wait=True):
+    with run.only_writer(folder, wait=True):
         if run.rank == 0:
             for file in files.values():
                 make_scores(file, windows)
@@ -1001,6 +1006,12 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
+    def only_writer(self, path, wait=False):
+        """Keep other processes from writing PATH: rank 0 holds a lock for all ranks."""
+        if self.rank > 0:
+            return nullcontext()
+        return only_writer(path, wait)
+
     def say(self, message):
         if self.rank == 0:
             tqdm.write(message)
@@ -1017,70 +1028,6 @@ class Run:
             raise Interrupted(number)
         self.stop_signal = number
         self.say("stopping after this step (once more: at once, without saving)")
-
-
-# ==== safety: signals, one writer, finite numbers =================================================
-
-
-class Interrupted(KeyboardInterrupt):
-    """Raised on a signal; args[0] is its number."""
-
-
-def raise_interrupted(number, frame):
-    raise Interrupted(number)
-
-
-@contextmanager
-def catch_signals(handler):
-    """Ctrl-C and SIGTERM call `handler` inside the with block."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old_handler in before.items():
-            signal.signal(number, old_handler)
-
-
-@contextmanager
-def only_writer(path, run, wait=False):
-    """Hold PATH.lock inside the with block. While another process holds it: wait, or InputError."""
-    if run.rank > 0 or fcntl is None:
-        yield
-        return
-    lock_path = Path(f"{path}.lock")
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(lock_path, wait)
-    try:
-        yield
-    finally:
-        lock_path.unlink(missing_ok=True)
-        os.close(lock)
-
-
-def take_lock(path, wait):
-    """A file descriptor that holds the lock. Its end comes with the process, also after a crash."""
-    how = fcntl.LOCK_EX
-    if not wait:
-        how |= fcntl.LOCK_NB
-    while True:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, how)
-        except BlockingIOError as error:
-            os.close(lock)
-            run = path.with_suffix("")
-            raise InputError(f"{run} is being written by another run: give a --name") from error
-        # The holder before may have deleted the file after we opened it. A lock on a deleted file
-        # keeps nobody out: try again.
-        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)
-
-
-def check_finite(values, what, where):
-    """InputError if a loss, score, norm or weight is NaN or infinite."""
-    if not torch.isfinite(values).all():
-        raise InputError(f"{what} is not finite at {where}. The last checkpoint is intact")
 
 
 # ==== logs and the table ==========================================================================
@@ -1252,7 +1199,8 @@ def train_arm(cfg, run, stage):
     """Run one training stage; returns the records of its log."""
     cfg = arm_config(cfg, stage)
     split = {"ref": "ref", "sft": "sft"}.get(stage, "train")
-    with only_writer(Path(cfg.out, f"{cfg.name}.pt"), run), catch_signals(run.on_signal):
+    path = Path(cfg.out, f"{cfg.name}.pt")
+    with run.only_writer(path), catch_signals(run.on_signal):
         try:
             return train(cfg, run, split)
         finally:
@@ -1354,11 +1302,6 @@ def run_stage(cfg):
 # ==== the command line ============================================================================
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"rho.py: {message}. See python rho.py -h\n")
-
-
 def whole_number(text):
     """900000, 900_000 and 9e5 are the same number."""
     try:
@@ -1390,7 +1333,7 @@ READ_AS = {
 def parse(argv):
     """The command line as a Config: every field is a flag."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = OneLineParser("rho.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     for f in fields(Config):
         settings = {"type": READ_AS[f.type], "default": f.default}
         settings["choices"] = f.metadata["choices"]

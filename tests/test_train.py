@@ -493,7 +493,7 @@ def test_another_number_of_processes_is_another_run(cfg):
 def test_of_two_writers_the_second_is_refused(cfg):
     cfg = replace(cfg, name="both")
     with (
-        rho.only_writer(Path(cfg.out) / "both.pt", Run(cfg)),
+        rho.only_writer(Path(cfg.out) / "both.pt"),
         pytest.raises(rho.InputError, match="both.pt is being written by another run"),
     ):
         go(cfg, "clm")
