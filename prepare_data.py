@@ -43,7 +43,10 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import regex
+import pyarrow  # comes with datasets
+import pyarrow.compute
+import pyarrow.parquet
+import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
@@ -55,18 +58,7 @@ except ImportError:  # on Microsoft Windows: there two runs that write one folde
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")  # these may be packed
 TABLE_ENDINGS = (".parquet", ".arrow")
 PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstandard"}
-MAGIC = {  # how a file begins that is not plain text
-    b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"PAR1": "parquet",
-    b"ARROW1": "arrow",
-    b"PK\x03\x04": "zip",
-    b"version https://git-lfs": "git-LFS",
-}
-CARDS = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")  # about a set
-PIECE = 1 << 16  # characters: a document of a .txt
-STEP = 1 << 12  # characters: a step in reading
+PIECE = 1 << 16  # characters: a document of a .txt, at most
 BATCH = 1 << 20  # characters that are in memory at a time, if no document is longer
 LANES = 64  # files of one source that are open at a time
 VAL_CORPUS = 200  # documents of the corpus that are held out, at most
@@ -77,6 +69,11 @@ ANSWERS = ("answer", "solution", "response", "output", "target")
 CHATS = ("messages", "conversations")
 ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --sft learns from
 RETRIES = 5  # of a set on the hub, when the network fails
+STREAMS = ("ref", "train", "val", "val_corpus")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to a tokenizer.json
+WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
+WRITTEN += ("sft_mask.bin", "sft.bin", *[f"{name}.bin" for name in STREAMS])
+REMEDY = "Run: python prepare_data.py"
 RECIPES = """
 recipe        role       weight name                       split  fields
 math          reference  6    meta-math/MetaMathQA         train  query,response
@@ -91,251 +88,101 @@ math,general  questions  1    openai/gsm8k:main            test   question,answe
 """  # all on the hub; weight: share of what is read in that role
 
 
-# ---- What all four scripts share ----
+# ---- From the flags to the folder ----
 
 
-class InputError(ValueError):
-    """Something the user can fix: one line naming file or flag. Scripts print it and exit 2."""
+def prepare_text(args, sources, command):
+    """Tokenize the sources into the folder args.out. InputError if one is bad or too short."""
+    spec = tokenizer_spec(args.tokenizer)
+    encoding = get_tokenizer(spec)
+    dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
+    report = {"ngram": NGRAM, "dropped": not args.keep_contaminated, "found": 0, "documents": []}
+    meta = {"command": command, "tokenizer": spec, "dtype": dtype, "seed": args.seed}
+    meta.update(tokens={}, documents={}, contamination=report)
+    with new_folder(args.out) as work:
+        try_sources(sources, args)
+        questions = read_questions(sources, args)
+        write_questions(work, questions)
+        report["questions"] = len(questions)
+        index = QuestionIndex(questions)
+
+        # Held-out target text is known before the rest, so that the rest can leave it out. A
+        # --val of its own is not searched for questions, since it may consist of them.
+        val = {}
+        for document in read_role(sources, "val", args):
+            val.setdefault(fingerprint(document.text), document)
+        n_val = 0 if args.val else args.val_docs
+        reference = clean(read_role(sources, "reference", args), index, report)
+        reference = hold_out(reference, val, n_val, args.seed)
+        write_split(work, "ref", reference, encoding, meta)
+        write_split(work, "val", val.values(), encoding, meta)
+        check_enough(sources, "reference", ("ref", "val"), meta)
+
+        val_corpus = {}
+        corpus = clean(read_role(sources, "corpus", args), index, report)
+        limit = characters_of(args.max_tokens, sources)
+        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, args.seed, val, limit)
+        write_split(work, "train", corpus, encoding, meta, args.max_tokens)
+        write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
+        check_enough(sources, "corpus", ("train", "val_corpus"), meta)
+
+        if args.sft:
+            pairs = clean(read_role(sources, "sft", args), index, report)
+            pairs = hold_out(pairs, {}, 0, args.seed, avoid=val)
+            write_answers(work, pairs, encoding, meta)
+            check_enough(sources, "sft", ("sft",), meta)
+        copy_tokenizer(work, spec)
+        meta["sources"] = [source.report() for source in sources]
+        publish(work, args.out, meta)
 
 
-class OneLineParser(ArgumentParser):
-    """Says in one line what is wrong with a flag, without the whole usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}. See python {self.prog} -h\n")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Raised on a signal; args[0] is its number."""
-
-
-def raise_interrupted(number, frame):
-    raise Interrupted(number)
+def read_questions(sources, args):
+    """{question: answer} of --questions."""
+    questions = {}
+    for document in read_role(sources, "questions", args):
+        prompt, *answer = [text for text, _ in document.segments]
+        question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+        questions[question] = answer[0].strip() if answer else ""
+    return questions
 
 
-@contextmanager
-def catch_signals(handler):
-    """Ctrl-C and SIGTERM call `handler` inside the with block."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old_handler in before.items():
-            signal.signal(number, old_handler)
+def characters_of(tokens, sources):
+    """About how many characters a number of tokens is, going by the reference."""
+    if not tokens:
+        return math.inf
+    counts = total_counts(sources, "reference")
+    return tokens * counts["characters"] / counts["tokens"]
 
 
-@contextmanager
-def only_writer(path, wait=False, remedy="give a --name"):
-    """Hold PATH.lock inside the with block. While another process holds it: wait, or InputError."""
-    if fcntl is None:
-        yield
-        return
-    lock_path = Path(f"{path}.lock")
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(lock_path, wait, remedy)
-    try:
-        yield
-    finally:
-        lock_path.unlink(missing_ok=True)
-        os.close(lock)
+def check_enough(sources, role, splits, meta):
+    """InputError if one of these splits has too little text, with the reason and its remedy."""
+    remedies = {
+        "contaminated": "--keep_contaminated keeps them",
+        "skipped": "look at one without --skip_bad",
+        "duplicates": "they are copies of held-out text",
+        "empty": "is their text in another --field?",
+    }
+    for split in splits:
+        if meta["tokens"][split] >= 100:
+            continue
+        if split == "val" and of_role(sources, "val"):
+            role = "val"
+        counts = total_counts(sources, role)
+        reasons = [f"{counts[key]:,} {key}: {remedies[key]}" for key in remedies if counts[key]]
+        why = ", ".join(reasons) or "give more text"
+        have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
+        raise InputError(f"--{role}: too little text, {have}; {why}")
 
 
-def take_lock(path, wait, remedy):
-    """A file descriptor that holds the lock. Its end comes with the process, also after a crash."""
-    how = fcntl.LOCK_EX
-    if not wait:
-        how |= fcntl.LOCK_NB
-    while True:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, how)
-        except BlockingIOError as error:
-            os.close(lock)
-            run = path.with_suffix("")
-            raise InputError(f"{run} is being written by another run: {remedy}") from error
-        # The holder before may have deleted the file after we opened it. A lock on a deleted file
-        # keeps nobody out: try again.
-        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)
-
-
-@contextmanager
-def whole_file(path):
-    """Open for writing so that `path` is whole or as it was: temporary name, fsync, rename."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:
-        # torch.save hides the OSError that a full disk is in a RuntimeError.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_digest(path):
-    """sha256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ---- Tokenizers: a name that tiktoken knows, ranks in a meta.json, or a tokenizer.json ----
-
-
-class Encoding(tiktoken.Encoding):
-    """tiktoken's, but decode passes over an id that stands for nothing."""
-
-    def encode_to_array(self, text):
-        return self.encode_to_numpy(text, disallowed_special=())
-
-    def decode(self, tokens, errors="replace"):
-        parts = []
-        for token in tokens:
-            try:
-                parts.append(self.decode_single_token_bytes(int(token)))
-            except (KeyError, OverflowError):
-                continue
-        return b"".join(parts).decode("utf-8", errors=errors)
-
-
-class FileTokenizer:
-    """A tokenizer.json, read by the package `tokenizers`, with tiktoken's methods.
-
-    It normalizes and cuts as the file says, but adds no token of its own: document_start says
-    how a document begins. The text of a special token inside a document stays text.
-    """
-
-    def __init__(self, spec):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            remedy = 'pip install "rho[hf]", or pip install tokenizers'
-            raise InputError(f"--tokenizer {spec['file']}: needs {remedy}") from error
-        if file_digest(spec["file"]) != spec["sha256"]:
-            raise InputError(f"{spec['file']} has changed since it was used (sha256). {REMEDY}")
-        try:
-            self.tokenizer = Tokenizer.from_file(spec["file"])
-        except Exception as error:  # the package raises nothing more precise
-            raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
-        self.tokenizer.encode_special_tokens = True  # as the text that they are
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.vocabulary = self.tokenizer.get_vocab()
-        self.n_vocab = max(self.vocabulary.values(), default=-1) + 1  # ids may leave holes
-        self.eot_token = spec.get("eot")
-        self.bos_token = spec.get("bos")
-        self.eos_token = spec.get("eos")
-
-    def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts):
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [item.ids for item in encoded]
-
-    def decode(self, tokens, errors="replace"):
-        known = [int(token) for token in tokens if 0 <= token < self.n_vocab]
-        return self.tokenizer.decode(known, skip_special_tokens=False)
-
-
-def special_tokens(folder, vocabulary):
-    """{"eot", "bos", "eos"} -> ids: as the files beside a tokenizer.json say, else by name."""
-    named = {"bos_token": "<s>", "eos_token": "</s>"}
-    for file in BESIDE:
-        if Path(folder, file).exists():
-            named.update(json.loads(Path(folder, file).read_text(encoding="utf-8")))
-    found = {}
-    for key in ("bos", "eos"):
-        token = named[f"{key}_token"]
-        found[key] = vocabulary.get(token["content"] if isinstance(token, dict) else token)
-    # The separator of documents is not always eos: an instruct model's ends a turn (<|im_end|>).
-    separators = [vocabulary.get("<|endoftext|>"), vocabulary.get("<|end_of_text|>")]
-    separators += [found["eos"], found["bos"]]
-    known = [token for token in separators if token is not None]
-    return {**found, "eot": known[0]}
-
-
-def tokenizer_spec(name):
-    """--tokenizer -> what meta.json says of it: a name, ranks, or a tokenizer.json's sha256."""
-    path = Path(name).expanduser()
-    if path.name == "meta.json":
-        return read_meta(path.parent)["tokenizer"]
-    if str(name) in tiktoken.list_encoding_names() or not (path.is_dir() or path.suffix):
-        encoding = get_tokenizer({"name": str(name)})
-        return {"name": str(name), "n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.exists():
-        remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise InputError(f"--tokenizer: {path} is missing; {remedy} writes it")
-    path = path.resolve()
-    spec = {"name": path.parent.name, "file": str(path), "sha256": file_digest(path)}
-    tokenizer = FileTokenizer(spec)
-    try:
-        special = special_tokens(path.parent, tokenizer.vocabulary)
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        why = f"no end-of-text token, or {' and '.join(BESIDE)} are damaged: {error!r}"
-        raise InputError(f"--tokenizer {path}: {why}") from error
-    return {**spec, "n_vocab": tokenizer.n_vocab, **special}
-
-
-def get_tokenizer(spec):
-    """meta["tokenizer"] -> an Encoding or FileTokenizer. InputError if it cannot be made."""
-    try:
-        if "file" in spec:
-            return FileTokenizer(spec)
-        name = spec["name"]
-        if "ranks" in spec:
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
-            special = {"<|endoftext|>": spec["eot"]}
-            pattern = spec["pat_str"]
-        elif name in tiktoken.list_encoding_names():
-            known = tiktoken.get_encoding(name)
-            ranks = known._mergeable_ranks  # so tiktoken's README extends an encoding
-            special = known._special_tokens
-            pattern = known._pat_str
-        else:
-            names = ", ".join(tiktoken.list_encoding_names())
-            raise InputError(f"--tokenizer {name}: not a file or folder, nor one of {names}")
-        return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except InputError:
-        raise
-    except OSError as error:
-        why = (
-            "cannot be downloaded; without a network set TIKTOKEN_CACHE_DIR to a folder that has it"
-        )
-        raise InputError(f"--tokenizer {spec.get('name')}: {why} ({error})") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"--tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
-
-
-def document_start(encoding):
-    """The tokens in front of each document: [separator], or [separator, bos]."""
-    bos = getattr(encoding, "bos_token", None)
-    if bos is None or bos == encoding.eot_token:
-        return [encoding.eot_token]
-    return [encoding.eot_token, bos]
-
-
-def prompt_start(encoding):
-    """The token in front of a prompt: [bos] where the tokenizer has one, else [separator]."""
-    return document_start(encoding)[-1:]
-
-
-def stop_tokens(encoding):
-    """The tokens that end a document or an answer."""
-    names = ("eot_token", "bos_token", "eos_token")
-    return {getattr(encoding, name, None) for name in names} - {None}
+def preview(sources, args):
+    """--dry_run: each source with its files and its first document; nothing is written."""
+    encoding = get_tokenizer(tokenizer_spec(args.tokenizer))
+    for source, document in zip(sources, try_sources(sources, args), strict=True):
+        passed = f"{source.counts['hidden']} hidden, {source.counts['ignored']} ignored"
+        size = sum(file.stat().st_size for file in source.files)
+        print(f"{source.role} {source.name}: {len(source.files)} files, {size:,} bytes, {passed}")
+        tokens = len(encoding.encode_ordinary(document.text))
+        print(f"  {document.place}, {tokens:,} tokens: {document.text[:300]!r}")
 
 
 # ---- Which files: --reference, --corpus, ... -> sources ----
@@ -351,23 +198,52 @@ class Source:
     weight: float = 1.0
     split: str = ""  # of a set on the hub; otherwise there are files
     files: list = field(default_factory=list)
-    size: int = 0  # bytes on disk
-    used: float = 0.0  # bytes of them that have been read
     counts: Counter = field(default_factory=Counter)
     digest: object = field(default_factory=hashlib.sha256)  # of all texts, one after another
 
     def report(self):
         """What meta.json says of it."""
-        files = [str(path) for path in self.files]
-        about = {"role": self.role, "name": self.name, "fields": self.fields, "files": files}
+        about = {"role": self.role, "name": self.name, "fields": self.fields}
+        about.update(weight=self.weight, files=[str(path) for path in self.files])
         counts = {key: self.counts[key] for key in COUNTED}
-        return {**about, "weight": self.weight, **counts, "sha256": self.digest.hexdigest()}
+        return {**about, **counts, "sha256": self.digest.hexdigest()}
 
 
 # skipped, empty and contaminated documents are dropped, and copies of held-out ones (duplicates).
 # replaced: characters that were no UTF-8. hidden, ignored: files of a folder that are passed over.
 COUNTED = ("rows", "documents", "tokens", "skipped", "empty", "contaminated", "duplicates")
 COUNTED += ("replaced", "hidden", "ignored")
+
+
+def of_role(sources, role):
+    return [source for source in sources if source.role == role]
+
+
+def total_counts(sources, role):
+    return sum((source.counts for source in of_role(sources, role)), Counter())
+
+
+def find_sources(args):
+    """The flags -> [Source, ...]. InputError if a path holds no text, or one file comes twice."""
+    sources = []
+    for line in RECIPES.strip().splitlines():
+        recipe, role, weight, name, split, fields = line.split()
+        if args.recipe in recipe.split(","):
+            sources.append(Source(role, name, fields, float(weight), split))
+    for role in ("reference", "corpus", "val", "questions", "sft", "files"):
+        seen = {}
+        for argument in getattr(args, role):
+            usual = "" if role in ("questions", "sft") else args.field
+            path, fields, weight = split_argument(argument, usual)
+            source = Source(role, str(path), fields, weight)
+            source.files = find_files(path, source.counts)
+            if not source.files:
+                why = "no text there" if path.exists() else "not found"
+                known = " ".join([*TEXT_ENDINGS, *TABLE_ENDINGS, *PACKED])
+                raise InputError(f"--{role} {path}: {why}. Endings that are read: {known}")
+            check_files_once(source, seen, args.out)
+            sources.append(source)
+    return sources
 
 
 def split_argument(argument, fields):
@@ -377,16 +253,15 @@ def split_argument(argument, fields):
     """
     path = os.path.expanduser(argument)
     weight = 1.0
-    if not os.path.exists(path):
-        head, colon, tail = path.rpartition(":")
-        if colon and re.fullmatch(r"-?[0-9.]+|nan|inf", tail):
-            path = head
-            weight = float(tail)
-    if not os.path.exists(path) and "::" in path:
+    has_weight = re.fullmatch(r"(.+):(-?[0-9.]+|nan|inf)", path, re.DOTALL)
+    if has_weight and not os.path.exists(path):
+        path = has_weight[1]
+        weight = float(has_weight[2])
+    if "::" in path and not os.path.exists(path):
         path, _, fields = path.rpartition("::")
     if not 0 < weight < 1e9:
         raise InputError(f"{argument}: a weight is a number above 0")
-    if fields and (len(fields.split(",")) > 3 or "" in fields.split(",")):
+    if fields and (fields.count(",") > 2 or "" in fields.split(",")):
         forms = "FIELD, QUESTION,ANSWER or INSTRUCTION,INPUT,OUTPUT"
         raise InputError(f"{argument}: fields are {forms}, not {fields}")
     return Path(path), fields, weight
@@ -409,51 +284,26 @@ def find_files(path, counts):
     """The files of a PATH that can be read, sorted. The others in a folder are counted."""
     if not path.is_dir():
         return [path] if path.exists() and readable(path) else []
+    about = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")
     found = []
     for folder, folders, names in os.walk(path):
-        for name in [*folders, *names]:
+        hidden = [name for name in [*folders, *names] if name.startswith(".")]
+        counts["hidden"] += len(hidden)
+        for name in set(names) - set(hidden):
             file = Path(folder, name)
-            if name.startswith("."):
-                counts["hidden"] += 1
-            elif name in names and readable(file) and name.lower() not in CARDS:
+            if readable(file) and name.lower() not in about:
                 found.append(file)
-            elif name in names:
+            else:
                 counts["ignored"] += 1
-        folders[:] = [name for name in folders if not name.startswith(".")]  # where to go on
+        folders[:] = set(folders) - set(hidden)  # where os.walk goes on
     return sorted(found)
-
-
-def find_sources(args):
-    """The flags -> [Source, ...]. InputError if a path holds no text, or one file comes twice."""
-    sources = []
-    keys, *rows = [line.split() for line in RECIPES.strip().split("\n")]
-    for values in rows:
-        row = dict(zip(keys, values, strict=True))
-        if args.recipe in row.pop("recipe").split(","):
-            sources.append(Source(**{**row, "weight": float(row["weight"])}))
-    for role in ("reference", "corpus", "val", "questions", "sft", "files"):
-        seen = {}
-        for argument in getattr(args, role):
-            usual = "" if role in ("questions", "sft") else args.field
-            path, fields, weight = split_argument(argument, usual)
-            source = Source(role, str(path), fields, weight)
-            source.files = find_files(path, source.counts)
-            if not source.files:
-                why = "no text there" if path.exists() else "not found"
-                known = " ".join([*TEXT_ENDINGS, *TABLE_ENDINGS, *PACKED])
-                raise InputError(f"--{role} {path}: {why}. Endings that are read: {known}")
-            source.size = sum(os.path.getsize(file) for file in source.files)
-            check_files_once(source, seen, args.out)
-            sources.append(source)
-    return sources
 
 
 def check_files_once(source, seen, out):
     """InputError for a file that comes twice, packed or not, and for one that --out overwrites."""
     for file in source.files:
         real = os.path.realpath(file)
-        packed = ending(file)[1]
-        unpacked = real[: len(real) - len(packed)]
+        unpacked = real.removesuffix(ending(file)[1])
         where = f"--{source.role} {source.name}: {file}"
         if unpacked in seen:
             raise InputError(f"{where} is the same text as {seen[unpacked]}: leave one out")
@@ -462,7 +312,7 @@ def check_files_once(source, seen, out):
             raise InputError(f"{where} would be overwritten: choose another --out")
 
 
-# ---- Reading: a file -> rows -> documents ----
+# ---- Reading: a role -> files in step -> rows -> documents ----
 
 
 @dataclass
@@ -471,59 +321,147 @@ class Document:
     source: Source = field(default_factory=lambda: Source("", ""))
     place: str = ""  # file:row
     segments: list = field(default_factory=list)  # [(text, whether it is an answer), ...]
-    progress: float = 0.0  # of its file; documents are merged by it
+    progress: float = 0.0  # of its file, then of its role; documents are merged by it
     question: str = ""  # of --questions, that is found in it
     continued: bool = False  # a later part of a long one
 
 
-def check_beginning(path):
-    """InputError if the first bytes are those of another kind of file than the name says."""
+def read_role(sources, role, args):
+    """All Documents of a role, its files read in step: a prefix of them is a fair sample."""
+    chosen = of_role(sources, role)
+    lanes = []
+    for source in chosen:
+        files = source.files or [Path(source.name)]
+        for i in range(min(LANES, len(files))):
+            lanes.append(read_lane(source, files[i::LANES], args))
+    slowest = min([source.weight for source in chosen], default=1)
+    for document in heapq.merge(*lanes, key=attrgetter("progress")):
+        source = document.source
+        # From here on it goes from 0 to 1, or is 0 where it is not known.
+        document.progress = 0 if source.split else document.progress * slowest
+        source.counts["characters"] += len(document.text)
+        for block in blocks_of(document.text):
+            source.digest.update(block.encode())
+        if document.text.strip():
+            yield document
+        else:
+            source.counts["empty"] += 1
+
+
+def read_lane(source, files, args):
+    """The Documents of some files, one after another, with progress from 0 to 1 / weight.
+
+    Of a set on the hub, whose size is not known, progress is characters / weight.
+    """
+    sizes = [1]
+    if not source.split:
+        sizes = [file.stat().st_size or 1 for file in files]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        for document in read_file(file, source, args):
+            used = before + document.progress * size
+            document.progress = used / sum(sizes) / source.weight
+            yield document
+        before += size
+
+
+def try_sources(sources, args):
+    """Open every file and read one row, before hours of work. -> the first Document of each."""
+    first = []
+    for source in sources:
+        trial = replace(source, counts=Counter())
+        documents = [Document("")]
+        for file in source.files or [Path(source.name)]:
+            documents += islice(read_file(file, trial, args), 1)
+        first.append(documents[:2][-1])
+    return first
+
+
+def blocks_of(text, overlap=0):
+    """Slices of a text: what is done to a long one should not need a copy of all of it."""
+    for i in range(0, len(text), BATCH):
+        yield text[i : i + BATCH + overlap]
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
+BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def read_file(path, source, args):
+    """Yield the Documents of a file, or of a set on the hub, and count its rows.
+
+    InputError says where it is bad, and the remedy that helps there.
+    """
+    number = 0
+    try:
+        rows = hub_rows(source) if source.split else open_rows(path, source, args.separator)
+        for used, row in rows:
+            number += 1
+            place = f"{path}:{number}"
+            source.counts["rows"] += 1
+            try:
+                segments = row_segments(row, source.fields)
+                if source.role == "sft" and not any(is_answer for _, is_answer in segments):
+                    raise ValueError("--sft needs QUESTION,ANSWER or a chat")
+            except BAD_ROW as error:
+                if args.skip_bad:
+                    source.counts["skipped"] += 1
+                    continue
+                # A field that the first row lacks, all rows lack.
+                helps = number > 1 or not isinstance(error, InputError)
+                remedy = "; --skip_bad skips such rows" if helps else ""
+                raise InputError(f"{place}: {describe(error)}{remedy}") from error
+            text = SURROGATE.sub("?", "".join(text for text, _ in segments))
+            yield Document(text, source, place, segments, used)
+    except InputError:
+        raise
+    except Exception as error:  # of gzip, xz, pyarrow, the file system: whatever it is, say where
+        remedy = "damaged or cut short? Fetch or write it again"
+        raise InputError(f"{path}: after row {number}: {describe(error)}. {remedy}") from error
+
+
+def describe(error):
+    """An exception in one line."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def open_rows(path, source, separator):
+    """Yield (share of the file used, row): a dict, or a document as it is."""
     kind, packed = ending(path)
-    expected = PACKED.get(packed, kind.removeprefix("."))
+    check_beginning(path, PACKED.get(packed))
+    if kind in TABLE_ENDINGS:
+        yield from table_rows(path, kind, source.fields)
+        return
+    file = TextFile(path, source.counts)
+    if kind in (".txt", ".md"):
+        rows = pieces(file.lines(PIECE), separator)
+    elif kind == ".csv":
+        csv.field_size_limit(1 << 31)
+        rows = csv.DictReader(file.lines(), strict=True)
+    else:
+        rows = json_rows(file)
+    for row in rows:
+        yield file.used, row
+
+
+def check_beginning(path, expected):
+    """InputError if the first bytes are those of another kind of file than the name says."""
     with open(path, "rb") as file:
         beginning = file.read(32)
-    for magic, name in MAGIC.items():
-        if beginning.startswith(magic) and name != expected:
+    magic = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+    magic[b"version https://git-lfs"] = "git-LFS"
+    for start, name in magic.items():
+        if beginning.startswith(start) and name != expected:
             remedy = "git lfs pull" if name == "git-LFS" else "unpack it, or name it so"
             raise InputError(f"{path} is a {name} file under another name: {remedy}")
-
-
-class TextFile:
-    """A text file, unpacked, by lines or in steps of 4 kB; `used` is the share of it so far."""
-
-    def __init__(self, path):
-        self.path = path
-        self.used = 0.0
-
-    def read(self, newline=None, by_line=True):
-        size = os.path.getsize(self.path)
-        end = 0.0
-        packed = ending(self.path)[1]
-        with SlowFile(self.path) if packed else open(self.path, "rb") as raw:
-            unpacked = unpack(raw, packed)
-            stream = io.TextIOWrapper(unpacked, "utf-8-sig", errors="replace", newline=newline)
-            while block := stream.read(4 * PIECE):
-                if by_line:
-                    block += stream.readline()
-                begin = end
-                end = raw.tell() / size
-                start = 0
-                while start < len(block):
-                    stop = start + STEP
-                    if by_line:
-                        stop = block.find("\n", start) + 1
-                    stop = min(stop, len(block)) or len(block)
-                    # An archive is unpacked in large blocks: inside one, all text counts alike.
-                    self.used = begin + (end - begin) * stop / len(block)
-                    yield block[start:stop]
-                    start = stop
 
 
 class SlowFile(io.FileIO):
     """A file that is not read far ahead, so that tell() says how much of it has been used."""
 
-    def read(self, size=STEP):
-        return super().read(min(size, STEP))
+    def read(self, size=4096):
+        return super().read(min(size, 4096))
 
 
 def unpack(raw, packed):
@@ -532,119 +470,100 @@ def unpack(raw, packed):
         return gzip.GzipFile(fileobj=raw)
     if packed == ".xz":
         return lzma.LZMAFile(raw)
-    if packed == ".zst":
-        import pyarrow
-
-        # pyarrow comes with datasets, and unlike others refuses half a frame.
+    if packed == ".zst":  # pyarrow's, unlike others, refuses half a frame
         stream = pyarrow.PythonFile(raw, mode="r")
         return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
     return raw
 
 
-def checked(blocks, path, counts):
-    """The blocks of text, if they are UTF-8. What is not was replaced by U+FFFD: count it."""
-    characters = 0
-    replaced = 0
-    for block in blocks:
+class TextFile:
+    """A text file, unpacked, if it is UTF-8; `used` is the share of it that has been read."""
+
+    def __init__(self, path, counts):
+        self.path = path
+        self.counts = counts
+        self.used = 0.0
+
+    def lines(self, longest=sys.maxsize):
+        """Yield its lines, a longer one in parts."""
+        size = os.path.getsize(self.path)
+        end = 0.0
+        with SlowFile(self.path) as raw:
+            packed = ending(self.path)[1]
+            stream = io.TextIOWrapper(unpack(raw, packed), "utf-8-sig", errors="replace")
+            while block := stream.read(4 * PIECE):
+                block += stream.readline(longest)
+                self.check(block)
+                # An archive is unpacked in large blocks: inside one, all text counts alike.
+                begin = end
+                end = raw.tell() / size
+                start = 0
+                while start < len(block):
+                    stop = block.find("\n", start, start + longest) + 1
+                    stop = stop or min(start + longest, len(block))
+                    self.used = begin + (end - begin) * stop / len(block)
+                    yield block[start:stop]
+                    start = stop
+
+    def check(self, block):
+        """What is not UTF-8 was replaced by U+FFFD: count it. InputError if it is too much."""
+        replaced = block.count("\ufffd")
+        self.counts["replaced"] += replaced
         if "\0" in block:
-            raise InputError(f"{path}: NUL bytes; if it is UTF-16: iconv -f UTF-16 -t UTF-8")
-        replaced += block.count("\ufffd")
-        counts["replaced"] += block.count("\ufffd")
-        characters += len(block)
-        if characters > PIECE:
-            refuse_encoding(path, replaced, characters)
-        yield block
-    refuse_encoding(path, replaced, characters)
+            raise InputError(f"{self.path}: NUL bytes; if it is UTF-16: iconv -f UTF-16 -t UTF-8")
+        if replaced > len(block) / 100:
+            remedy = "if it is Latin-1: iconv -f LATIN1 -t UTF-8"
+            raise InputError(f"{self.path} is not UTF-8; {remedy}")
 
 
-def refuse_encoding(path, replaced, characters):
-    if replaced > characters / 100:
-        raise InputError(f"{path} is not UTF-8; if it is Latin-1: iconv -f LATIN1 -t UTF-8")
-
-
-def pieces(blocks, separator):
+def pieces(lines, separator):
     """The documents of a text file: up to each separator, or of at most 64 kB up to a line end."""
     rest = ""
-    # As much again each time, so that one long document is not searched again and again.
-    while more := "".join(islice(blocks, 1 + len(rest) // STEP)):
-        rest += more
-        if separator:
-            *documents, rest = rest.split(separator)
-            yield from documents
-        while not separator and len(rest) > PIECE:
-            cut = rest.rfind("\n", 0, PIECE) + 1 or PIECE
-            yield rest[:cut]
-            rest = rest[cut:]
+    if not separator:
+        for line in lines:
+            if len(rest) + len(line) > PIECE:
+                yield rest
+                rest = ""
+            rest += line
+    # More each time, so that one long document is not searched again and again.
+    while more := "".join(islice(lines, 100 + len(rest) // 100)):
+        *documents, rest = (rest + more).split(separator)
+        yield from documents
     yield rest
 
 
-def json_values(blocks):
-    """Each value of a JSON array, or of values one after another, without reading it whole."""
-    decode = json.JSONDecoder().raw_decode
-    between = re.compile(r"[\s,]*")
-    text = next(blocks, "").lstrip()
-    end = "]" if text.startswith("[") else ""
-    at = len(end)
-    while True:
-        at = between.match(text, at).end()
+def json_rows(file):
+    """What each line holds. Of one that is no JSON the error: that row is bad, the rest may do."""
+    lines = file.lines()
+    for number, line in enumerate(lines):
+        if number == 0 and line.startswith("["):
+            if ending(file.path)[0] != ".json":
+                raise InputError(f"{file.path} is a JSON array, not lines: name the file .json")
+            rows = json.loads(line + "".join(lines))  # the only text that is read whole
+            for i, row in enumerate(rows, 1):
+                file.used = i / len(rows)
+                yield row
+            return
         try:
-            value, at = decode(text, at)
-        except ValueError as error:
-            rest = text[at:]
-            more = "".join(islice(blocks, 1 + len(rest) // STEP))
-            if not more and rest.strip() == end:
-                return
-            if not more:
-                raise EOFError(f"no whole JSON value: {error}") from error
-            text = rest + more
-            at = 0
-            continue
-        yield value
-
-
-def open_rows(path, source, separator):
-    """Yield (share of the file used, row): a dict, a line of JSON, or a document as it is."""
-    check_beginning(path)
-    kind, packed = ending(path)
-    if kind in TABLE_ENDINGS:
-        yield from table_rows(path, kind, source.fields)
-        return
-    file = TextFile(path)
-    blocks = file.read("" if kind == ".csv" else None, kind not in (".json", ".txt", ".md"))
-    rows = checked(blocks, path, source.counts)
-    if kind in (".txt", ".md"):
-        rows = pieces(rows, separator)
-    elif kind == ".json":
-        rows = json_values(rows)
-    elif kind == ".csv":
-        csv.field_size_limit(1 << 31)
-        rows = csv.DictReader(rows, strict=True)
-    for row in rows:
-        yield file.used, row
+            yield json.loads(line) if line.strip() else ""
+        except (ValueError, RecursionError) as error:
+            yield error
 
 
 def table_rows(path, kind, fields):
     """The same of a .parquet or .arrow, of which only the columns with text are read."""
-    import pyarrow.parquet
-
     if kind == ".parquet":
-        # In small steps: a row may be long.
         table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
         names = table.schema_arrow.names
         total = table.metadata.num_rows
     else:
-        mapped = pyarrow.memory_map(str(path))
-        is_file = mapped.read(6) == b"ARROW1"  # Feather's form; datasets writes a stream
-        mapped.seek(0)
-        opened = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-        table = opened.read_all()
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         names = table.column_names
         total = table.num_rows
-    usual = ("body", *QUESTIONS, *ANSWERS, *CHATS)
-    wanted = fields.split(",") if fields else [name for name in names if name.lower() in usual]
-    columns = [name for name in wanted if name in names]
+    columns = [name for name in names if not fields or name in fields.split(",")]
     if total and not columns:
-        raise MissingField(fields, names)
+        raise InputError(f"{path}: {missing_field(fields, names)}")
+    # In small steps: a row may be long.
     if kind == ".parquet":
         batches = table.iter_batches(batch_size=16, columns=columns)
     else:
@@ -656,16 +575,87 @@ def table_rows(path, kind, fields):
             yield done / total, row
 
 
-class MissingField(InputError):
-    def __init__(self, wanted, names):
-        there = ", ".join(map(str, names))
-        super().__init__(f"no {wanted or 'question'}; there are {there} (--field or PATH::FIELD)")
+def hub_rows(source):
+    """Rows from the hub (or a local folder of that name), and how many characters so far.
+
+    After an error of the network the stream is opened anew and goes on where it was.
+    """
+    from datasets import load_dataset
+
+    columns = source.fields.split(",")
+    done = 0
+    characters = 0
+    failures = 0
+    while True:
+        try:
+            rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
+            names = rows.column_names or columns  # None: not known before it is read
+            if not set(columns) <= set(names):
+                raise missing_field(source.fields, names)
+            for row in rows.select_columns(columns).skip(done):
+                done += 1
+                failures = 0
+                characters += sum(len(str(value)) for value in row.values())
+                yield characters, row
+            return
+        except Exception as error:
+            failures += 1
+            lasting = isinstance(error, (FileNotFoundError, PermissionError, InputError))
+            if lasting or failures > RETRIES:
+                remedy = "No network? Give files: --reference PATH --corpus PATH"
+                raise InputError(f"{source.name}: {describe(error)}. {remedy}") from error
+            time.sleep(2**failures / 4)
+
+
+# ---- Fields: a row -> its text, of which some may be answers ----
+
+
+def row_segments(row, fields):
+    """A row's text as [(text, whether it is an answer), ...]. An exception: a bad row."""
+    if isinstance(row, Exception):
+        raise row
+    if isinstance(row, str):
+        return [(row, False)]
+    if not isinstance(row, dict):
+        raise TypeError(f"a {type(row).__name__}, not a row with fields")
+    names = fields.split(",") if fields else [name for name in CHATS if name in row]
+    if len(names) == 1:
+        value = row.get(names[0])
+        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+            return chat(value)
+        return [(plain_text(row, names[0]), False)]
+    if names:
+        question = plain_text(row, names[0])
+        answer = plain_text(row, names[-1])
+        if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an instruction's input
+            question += "\n" + plain_text(row, names[1])
+    else:
+        question, answer = usual_pair(row)
+    segments = [(f"Question: {question}\nAnswer:", False)]
+    if answer is not None:
+        segments.append((f" {answer}", True))
+    return segments
+
+
+def usual_pair(row):
+    """(question, answer or None) of a row in one of the usual forms, those of eval_math.py."""
+    filled = {key.lower(): value for key, value in row.items() if value not in (None, "")}
+    questions = [name for name in QUESTIONS if name in filled]
+    answers = [name for name in ANSWERS if name in filled]
+    if not questions:
+        raise missing_field("question", row)
+    question = plain_text(filled, questions[0])
+    if questions[0] == "instruction" and "input" in filled:
+        question += "\n" + plain_text(filled, "input")
+    if "body" in filled:  # SVAMP's: the story apart from the question
+        question = plain_text(filled, "body").strip().removesuffix(".") + ". " + question
+    return question, plain_text(filled, answers[0]) if answers else None
 
 
 def plain_text(row, name):
     """A field's text or number. ValueError, naming it, for anything else."""
     if name not in row:
-        raise MissingField(name, row)
+        raise missing_field(name, row)
     value = row[name]
     if isinstance(value, bytes):
         value = value.decode()
@@ -673,6 +663,11 @@ def plain_text(row, name):
         kind = "null" if value is None else f"a {type(value).__name__}, no text or number"
         raise ValueError(f"{name} is {kind}")
     return str(value)
+
+
+def missing_field(wanted, names):
+    there = ", ".join(map(str, names))
+    return InputError(f"no {wanted}; there are {there} (--field or PATH::FIELD)")
 
 
 def chat(turns):
@@ -695,225 +690,45 @@ def chat(turns):
     return segments
 
 
-def usual_pair(row):
-    """(question, answer or None) of a row in one of the usual forms, those of eval_math.py."""
-    filled = {key.lower(): key for key, value in row.items() if value not in (None, "")}
-    names = [name for name in QUESTIONS if name in filled]
-    if not names:
-        raise MissingField("question", row)
-    question = plain_text(row, filled[names[0]])
-    if names[0] == "instruction" and "input" in filled:
-        question += "\n" + plain_text(row, filled["input"])
-    if "body" in filled:  # SVAMP's: the story apart from the question
-        question = plain_text(row, filled["body"]).strip().removesuffix(".") + ". " + question
-    answers = [plain_text(row, filled[name]) for name in ANSWERS if name in filled]
-    return question, answers[0] if answers else None
-
-
-def row_segments(row, fields):
-    """A row's text as [(text, whether it is an answer), ...]. An exception: a bad row."""
-    if isinstance(row, str):
-        return [(row, False)]
-    if not isinstance(row, dict):
-        raise TypeError(f"a {type(row).__name__}, not a row with fields")
-    names = fields.split(",") if fields else [name for name in CHATS if name in row]
-    if len(names) == 1:
-        value = row.get(names[0])
-        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            return chat(value)
-        return [(plain_text(row, names[0]), False)]
-    if not names:
-        question, answer = usual_pair(row)
-    else:
-        question = plain_text(row, names[0])
-        answer = plain_text(row, names[-1])
-        if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an instruction's input
-            question += "\n" + plain_text(row, names[1])
-    segments = [(f"Question: {question}\nAnswer:", False)]
-    if answer is not None:
-        segments.append((f" {answer}", True))
-    return segments
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
-BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-
-
-def read_file(path, source, args):
-    """Yield the Documents of a file, or of a set on the hub; count what is skipped.
-
-    InputError says where it is bad, and the remedy that helps there.
-    """
-    number = 0
-    place = str(path)
-    is_lines = ending(path)[0] in (".jsonl", ".ndjson")
-    try:
-        rows = hub_rows(source) if source.split else open_rows(path, source, args.separator)
-        for used, row in rows:
-            number += 1
-            place = f"{path}:{number}"
-            source.counts["rows"] += 1
-            if is_lines and number == 1 and row.lstrip().startswith("["):
-                raise InputError("a JSON array, not lines: name the file .json")
-            try:
-                if is_lines:
-                    row = json.loads('""' if row.isspace() else row)
-                segments = row_segments(row, source.fields)
-                if source.role == "sft" and not any(is_answer for _, is_answer in segments):
-                    raise ValueError("--sft needs QUESTION,ANSWER or a chat")
-            except BAD_ROW as error:
-                if args.skip_bad:
-                    source.counts["skipped"] += 1
-                    continue
-                # A field that the first row lacks, all rows lack.
-                helps = number > 1 or not isinstance(error, InputError)
-                remedy = "; --skip_bad skips such rows" if helps else ""
-                raise InputError(f"{describe(error)}{remedy}") from error
-            text = SURROGATE.sub("?", "".join(text for text, _ in segments))
-            yield Document(text, source, place, segments, used)
-    except InputError as error:
-        where = "" if str(path) in str(error) else f"{place}: "
-        raise InputError(f"{where}{error}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: row {number + 1} is no CSV: {error}") from error
-    except Exception as error:  # of gzip, xz, pyarrow, the file system: whatever it is, say where
-        remedy = "damaged or cut short? Fetch or write it again"
-        raise InputError(f"{path}: after row {number}: {describe(error)}. {remedy}") from error
-
-
-def describe(error):
-    """An exception in one line."""
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-
-
-def hub_rows(source):
-    """Rows from the hub (or a local folder of that name), resumed after an error of the network."""
-    from datasets import load_dataset
-
-    columns = source.fields.split(",")
-    state = None
-    failures = 0
-    while True:
-        try:
-            rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
-            names = rows.column_names or columns  # None: not known before it is read
-            if not set(columns) <= set(names):
-                raise MissingField(source.fields, names)
-            rows = rows.select_columns(columns)
-            if state:
-                rows.load_state_dict(state)
-            for row in rows:
-                yield 0.0, row
-                state = rows.state_dict()
-                failures = 0
-            return
-        except Exception as error:
-            failures += 1
-            passing = isinstance(error, OSError) or type(error).__module__.startswith(NETWORK)
-            lasting = isinstance(error, (FileNotFoundError, PermissionError, InputError))
-            if lasting or not passing or failures > RETRIES:
-                remedy = "No network? Give files: --reference PATH --corpus PATH"
-                raise InputError(f"{source.name}: {describe(error)}. {remedy}") from error
-            time.sleep(2**failures / 4)
-
-
-NETWORK = ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "fsspec")
-
-
-def read_lane(source, files, args):
-    """The Documents of some files, one file after another, with progress from 0 to 1 / weight.
-
-    Of a set on the hub, whose size is not known, progress is characters / weight.
-    """
-    total = sum(os.path.getsize(file) for file in files)
-    before = 0
-    for file in files:
-        size = os.path.getsize(file)
-        last = 0.0
-        for document in read_file(file, source, args):
-            source.used += (document.progress - last) * size
-            last = document.progress
-            document.progress = (before + last * size) / total / source.weight
-            yield document
-        source.used += (1 - last) * size
-        before += size
-    done = 0
-    for document in read_file(Path(source.name), source, args) if source.split else []:
-        done += len(document.text)
-        document.progress = done / source.weight
-        yield document
-
-
-def read_role(sources, role, args):
-    """All Documents of a role, its files read in step: a prefix of them is a fair sample."""
-    lanes = []
-    for source in of_role(sources, role):
-        for i in range(min(LANES, len(source.files)) or 1):
-            lanes.append(read_lane(source, source.files[i::LANES], args))
-    size = sum(source.size for source in of_role(sources, role))
-    for document in heapq.merge(*lanes, key=attrgetter("progress")):
-        used = sum(source.used for source in of_role(sources, role))
-        document.progress = used / size if size else 0.0  # from here on: of all files together
-        for block in blocks_of(document.text):
-            document.source.digest.update(block.encode())
-        document.source.counts["characters"] += len(document.text)
-        if document.text.strip():
-            yield document
-        else:
-            document.source.counts["empty"] += 1
-
-
-def of_role(sources, role):
-    return [source for source in sources if source.role == role]
-
-
-def blocks_of(text, overlap=0):
-    """Slices of a text: what is done to a long one should not need a copy of all of it."""
-    for i in range(0, len(text), BATCH):
-        yield text[i : i + BATCH + overlap]
-
-
-def try_sources(sources, args):
-    """Open every file and read one row, before hours of work. -> the first Document of each."""
-    first = []
-    for source in sources:
-        trial = replace(source, counts=Counter())
-        documents = []
-        for file in source.files or [Path(source.name)]:
-            documents += islice(read_file(file, trial, args), 1)
-        first.append(documents[0] if documents else Document(""))
-    return first
-
-
 # ---- Contamination: documents that hold an evaluation question ----
 
 
-@dataclass
-class Index:
+class QuestionIndex:
     """The runs of words that must not be in a document, by the numbers of their words."""
 
-    vocabulary: object  # pyarrow array: a word's number is its place
-    runs: dict  # bytes of int32 numbers -> question
-    lengths: list
+    def __init__(self, questions):
+        numbers = {}
+        self.runs = {}  # bytes of int32 numbers -> question
+        for question in questions:
+            (its_words,) = words([question]).to_pylist()
+            for run in question_runs([word for word in its_words if word]):
+                key = [numbers.setdefault(word, len(numbers)) for word in run]
+                self.runs.setdefault(np.array(key, np.int32).tobytes(), question)
+        self.vocabulary = pyarrow.array([*numbers], pyarrow.large_string())
+        self.lengths = sorted({len(key) // 4 for key in self.runs})
 
+    def search(self, documents):
+        """Set the question that each Document holds. A long one is searched in parts."""
+        longest = max([len(document.text) for document in documents], default=0)
+        for at in range(0, longest, BATCH):
+            # The parts overlap, since a run may lie over a seam.
+            lists = words([document.text[at : at + BATCH + 4000] for document in documents])
+            numbers = pyarrow.compute.index_in(lists.flatten(), value_set=self.vocabulary)
+            numbers = pyarrow.compute.fill_null(numbers, -1).to_numpy()
+            bounds = pairwise(lists.offsets.to_numpy())
+            for document, (start, end) in zip(documents, bounds, strict=True):
+                document.question = document.question or self.find_run(numbers[start:end])
 
-def words(texts):
-    """The words of each text, as a pyarrow list array; without Python's lock, so on all cores.
-
-    Compared are letters and digits alone: NFKC (full-width and composed forms), lower case,
-    without invisible characters, hyphens at line ends and commas of thousands. "_" splits.
-    """
-    import pyarrow
-    from pyarrow import compute
-
-    array = pyarrow.array(texts, pyarrow.large_string())
-    array = compute.utf8_lower(compute.utf8_normalize(array, form="NFKC"))
-    array = compute.replace_substring_regex(array, r"\p{Cf}", "")
-    array = compute.replace_substring_regex(array, r"(\p{L})-\s*\n\s*(\p{L})", r"\1\2")
-    for _ in range(2):  # 1,250,000: the second comma is found the second time
-        array = compute.replace_substring_regex(array, r"(\d),(\d\d\d)", r"\1\2")
-    return compute.split_pattern_regex(array, r"[^\p{L}\p{M}\p{N}]+")
+    def find_run(self, numbers):
+        """A question of which a run is among these words, or ""."""
+        # A run can only begin where no unknown word follows for its whole length: that is rare.
+        unknown = np.append(0, np.cumsum(numbers < 0))
+        for length in self.lengths:
+            for i in np.flatnonzero(unknown[length:] == unknown[:-length]):
+                question = self.runs.get(numbers[i : i + length].tobytes())
+                if question:
+                    return question
+        return ""
 
 
 def question_runs(question):
@@ -931,46 +746,41 @@ def question_runs(question):
             yield run
 
 
-def make_index(questions):
-    """[question, ...] -> Index"""
-    if not questions:
-        return Index(None, {}, [])
-    import pyarrow
+def words(texts):
+    """The words of each text, as a pyarrow list array; without Python's lock, so on all cores.
 
-    numbers = {}
-    runs = {}
-    for question, its_words in zip(questions, words(questions).to_pylist(), strict=True):
-        for run in question_runs([word for word in its_words if word]):
-            key = [numbers.setdefault(word, len(numbers)) for word in run]
-            runs.setdefault(np.array(key, np.int32).tobytes(), question)
-    vocabulary = pyarrow.array([*numbers], pyarrow.large_string())
-    return Index(vocabulary, runs, sorted({len(key) // 4 for key in runs}))
-
-
-def find_questions(parts, index):
-    """For each part a question that it holds, or ""."""
-    from pyarrow import compute
-
-    lists = words([part.text for part in parts])
-    numbers = compute.index_in(lists.flatten(), value_set=index.vocabulary)
-    numbers = compute.fill_null(numbers, -1).to_numpy()
-    bounds = lists.offsets.to_numpy()
-    return [find_run(numbers[start:end], index) for start, end in pairwise(bounds)]
+    Compared are letters and digits alone: NFKC (full-width and composed forms), lower case,
+    without invisible characters, hyphens at line ends and commas of thousands. "_" splits.
+    """
+    compute = pyarrow.compute
+    array = pyarrow.array(texts, pyarrow.large_string())
+    array = compute.utf8_lower(compute.utf8_normalize(array, form="NFKC"))
+    array = compute.replace_substring_regex(array, r"\p{Cf}", "")
+    array = compute.replace_substring_regex(array, r"(\p{L})-\s*\n\s*(\p{L})", r"\1\2")
+    for _ in range(2):  # 1,250,000: the second comma is found the second time
+        array = compute.replace_substring_regex(array, r"(\d),(\d\d\d)", r"\1\2")
+    return compute.split_pattern_regex(array, r"[^\p{L}\p{M}\p{N}]+")
 
 
-def find_run(numbers, index):
-    # A run can only begin where no unknown word follows for its whole length: that is rare.
-    unknown = np.append(0, np.cumsum(numbers < 0))
-    for length in index.lengths:
-        for i in np.flatnonzero(unknown[length:] == unknown[:-length]):
-            question = index.runs.get(numbers[i : i + length].tobytes())
-            if question:
-                return question
-    return ""
+def clean(documents, index, report):
+    """Yield the documents without those that hold a question, and list these in the report."""
+    cores = os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        for batch in batches(documents):
+            if index.runs:
+                list(pool.map(index.search, [batch[i::cores] for i in range(cores)]))
+            for document in batch:
+                if document.question:
+                    document.source.counts["contaminated"] += 1
+                    report["found"] += 1
+                    where = {"document": document.place, "question": document.question}
+                    report["documents"] = [*report["documents"], where][:100]
+                if not (document.question and report["dropped"]):
+                    yield document
 
 
 def batches(documents):
-    """Lists of documents, bounded in characters; 500 stand for what a short one costs besides."""
+    """Lists of documents, bounded in characters; 500 stand for what each costs besides."""
     batch = []
     size = 0
     for document in documents:
@@ -981,45 +791,6 @@ def batches(documents):
             batch = []
             size = 0
     yield batch
-
-
-def clean(documents, index, report, keep):
-    """Yield the documents without those that hold a question, and list these in the report."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in batches(documents):
-            if index.runs:
-                search(batch, index, pool)
-            for document in batch:
-                if document.question:
-                    document.source.counts["contaminated"] += 1
-                    report["found"] += 1
-                    where = {"document": document.place, "question": document.question}
-                    report["documents"] = [*report["documents"], where][:100]
-                if keep or not document.question:
-                    yield document
-
-
-@dataclass
-class Part:
-    text: str
-    document: Document
-
-
-def parts_of(documents):
-    for document in documents:
-        for block in blocks_of(document.text, overlap=4000):  # a run may lie over a seam
-            yield Part(block, document)
-
-
-def search(documents, index, pool):
-    """Set the question that a document holds. A long one is searched in overlapping parts."""
-    cores = os.cpu_count()
-    for batch in batches(parts_of(documents)):
-        shares = [batch[i::cores] for i in range(cores)]
-        found = pool.map(find_questions, shares, [index] * cores)
-        for share, questions in zip(shares, found, strict=True):
-            for part, question in zip(share, questions, strict=True):
-                part.document.question = part.document.question or question
 
 
 # ---- Splits: what is held out ----
@@ -1081,21 +852,24 @@ def cut_long(documents):
         yield replace(document, text=document.text[start:], continued=start > 0)
 
 
+def write_split(work, name, documents, encoding, meta, max_tokens=None):
+    path = work / f"{name}.bin"
+    tokens, count = write_tokens(path, documents, encoding, meta["dtype"], max_tokens)
+    meta["tokens"][name] = tokens
+    meta["documents"][name] = count
+
+
 def write_tokens(path, documents, encoding, dtype, max_tokens=None):
     """Stream Documents to `path`, on all cores, in constant memory -> (tokens, documents)."""
     tokens = 0
     count = 0
     start = np.array(document_start(encoding))
     bar = tqdm(desc=path.stem, unit=" tokens", unit_scale=True, total=max_tokens, mininterval=0.5)
-    if isinstance(encoding, tiktoken.Encoding):
+    if isinstance(encoding, Encoding):
         documents = cut_long(documents)
     with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for batch in batches(documents):
-            texts = [document.text for document in batch]
-            if isinstance(encoding, tiktoken.Encoding):  # it lets go of Python's lock
-                encoded = pool.map(encoding.encode_to_array, texts)
-            else:  # the package has threads of its own
-                encoded = encoding.encode_batch(texts)
+            encoded = encoding.encode_batch([document.text for document in batch], pool)
             for document, ids in zip(batch, encoded, strict=True):
                 if not document.continued:
                     ids = np.append(start, ids)
@@ -1116,7 +890,7 @@ def answer_mask(segments, encoding):
     tokens = []
     mask = []
     for segment, is_answer in segments:
-        # The text so far is tokenised whole, since tokens may span the seams; a token that grew
+        # The text so far is tokenized whole, since tokens may span the seams; a token that grew
         # belongs to the later segment.
         text += segment
         longer = encoding.encode_ordinary(text)
@@ -1128,13 +902,13 @@ def answer_mask(segments, encoding):
     return tokens, mask
 
 
-def write_answers(folder, documents, encoding, meta):
+def write_answers(work, documents, encoding, meta):
     """sft.bin and sft_mask.bin. The token that ends an answer is part of it."""
     start = document_start(encoding)
     tokens = 0
     count = 0
     ended = False  # whether the last document ended with an answer
-    with open(folder / "sft.bin", "wb") as file, open(folder / "sft_mask.bin", "wb") as mask_file:
+    with open(work / "sft.bin", "wb") as file, open(work / "sft_mask.bin", "wb") as mask_file:
         for document in documents:
             ids, mask = answer_mask(document.segments, encoding)
             ids = [*start, *ids]
@@ -1152,13 +926,24 @@ def write_answers(folder, documents, encoding, meta):
     meta["documents"]["sft"] = count
 
 
-# ---- The folder that is written ----
+def write_questions(work, questions):
+    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions.items()]
+    if lines:
+        Path(work, "questions.jsonl").write_text("".join(lines))
 
-STREAMS = ("ref", "train", "val", "val_corpus")
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to a tokenizer.json
-WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
-WRITTEN += ("sft_mask.bin", "sft.bin", *[f"{name}.bin" for name in STREAMS])
-REMEDY = "Run: python prepare_data.py"
+
+def copy_tokenizer(work, spec):
+    """The files of a tokenizer.json, so that the data does not depend on where they came from."""
+    if "file" not in spec:
+        return
+    folder = Path(spec["file"]).parent
+    for name in ("tokenizer.json", *BESIDE):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, work / name)
+    spec["file"] = "tokenizer.json"
+
+
+# ---- The folder that is written ----
 
 
 @contextmanager
@@ -1179,34 +964,61 @@ def new_folder(folder):
 
 
 def listed_files(folder):
-    """The names of the files that earlier runs wrote there, whole ones and interrupted ones."""
-    names = set()
-    for path in Path(folder).glob("meta.json*"):
-        try:
-            names.update(json.loads(path.read_text())["files"], [path.name])
-        except (ValueError, LookupError, TypeError):
-            continue  # damaged: it lists nothing
-    return names
+    """The names of the files that an earlier run wrote there, also if it was interrupted."""
+    try:
+        return {"meta.json", *json.loads(Path(folder, "meta.json").read_text())["files"]}
+    except (OSError, ValueError, LookupError, TypeError):  # missing or damaged
+        return set()
 
 
 def publish(work, folder, meta):
-    """Move the files of `work` to `folder`, meta.json last; the files of the run before go."""
-    folder = Path(folder)
+    """Move the files of `work` to `folder`; those of the run before go."""
     files = sorted(work.iterdir())
     meta["files"] = {path.name: file_digest(path) for path in files}
-    folder.mkdir(exist_ok=True)
-    # A run that is killed below leaves a folder without meta.json, that is, not prepared, but
-    # with these two lists, which say what the next run may replace.
-    if Path(folder, "meta.json").exists():
-        os.replace(folder / "meta.json", folder / "meta.json.old")
-    old = listed_files(folder) - set(meta["files"]) - {"meta.json.new"}
-    with whole_file(folder / "meta.json.new") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    old = listed_files(folder) - {"meta.json"}
+    # A run that is killed below leaves this meta.json, which load_meta refuses, and which says
+    # what the next run may replace.
+    write_meta(folder, {"unfinished": True, "files": [*old, *meta["files"]]})
     for path in files:
-        os.replace(path, folder / path.name)
-    os.replace(folder / "meta.json.new", folder / "meta.json")
-    for name in old - {"meta.json"}:
+        os.replace(path, Path(folder, path.name))
+    for name in old - set(meta["files"]):
         Path(folder, name).unlink(missing_ok=True)
+    write_meta(folder, meta)
+
+
+def write_meta(folder, meta):
+    with whole_file(Path(folder, "meta.json")) as file:
+        file.write(json.dumps(meta, indent=1).encode())
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder, when its files have the size and, below 1 GiB, the sha256
+    that it says. InputError otherwise. check_files compares the larger ones too."""
+    meta = read_meta(folder)
+    try:
+        itemsize = np.dtype(meta["dtype"]).itemsize
+        for name in [*STREAMS, *meta["tokens"]]:
+            path = Path(folder, f"{name}.bin")
+            if path.stat().st_size != meta["tokens"][name] * itemsize:
+                raise InputError(f"{path} has another size than meta.json says. {rerun(meta)}")
+        check_files(folder, meta, below=1 << 30)
+    except OSError as error:
+        raise InputError(f"{error.filename} is missing. {rerun(meta)}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/meta.json: {describe(error)}. {rerun(meta)}") from error
+    return meta
+
+
+def check_files(folder, meta, below=math.inf):
+    """Compare the files with their sha256 in meta.json, those below a size. InputError."""
+    for name, digest in meta["files"].items():
+        path = Path(folder, name)
+        if path.stat().st_size < below and file_digest(path) != digest:
+            raise InputError(f"{path} has changed since it was made. {rerun(meta)}")
+
+
+def rerun(meta):
+    return f"Run: {meta.get('command', 'python prepare_data.py')}"
 
 
 def read_meta(folder):
@@ -1214,11 +1026,15 @@ def read_meta(folder):
     path = Path(folder, "meta.json")
     try:
         meta = json.loads(path.read_text())
+        if "unfinished" in meta:
+            raise InputError(f"{path}: a run was killed. Repeat it, or run: python prepare_data.py")
         spec = meta["tokenizer"]
         numbers = [spec["n_vocab"], spec["eot"]]
         whole = all(type(number) is int for number in numbers) and isinstance(spec["name"], str)
         if not whole or meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError("tokenizer or dtype")
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing. {REMEDY} --out {folder}") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -1229,170 +1045,153 @@ def read_meta(folder):
     return meta
 
 
-def load_meta(folder):
-    """meta.json of a prepared folder, when its files have the size and, below 1 GiB, the sha256
-    that it says. InputError otherwise. check_files compares the larger ones too."""
-    meta = read_meta(folder)
-    remedy = f"Run: {meta.get('command', 'python prepare_data.py')}"
+# ---- Tokenizers: a name that tiktoken knows, ranks in a meta.json, or a tokenizer.json ----
+
+
+class Encoding(tiktoken.Encoding):
+    """tiktoken's, but decode passes over an id that stands for nothing."""
+
+    def encode_batch(self, texts, pool):
+        return pool.map(self.encode_to_array, texts)  # without Python's lock, so on all cores
+
+    def encode_to_array(self, text):
+        return self.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, tokens, errors="replace"):
+        parts = []
+        for token in tokens:
+            try:
+                parts.append(self.decode_single_token_bytes(int(token)))
+            except (KeyError, OverflowError):
+                continue
+        return b"".join(parts).decode("utf-8", errors=errors)
+
+
+class FileTokenizer:
+    """A tokenizer.json, read by the package `tokenizers`, with tiktoken's methods.
+
+    It normalizes and cuts as the file says, but adds no token of its own: document_start says
+    how a document begins. The text of a special token inside a document stays text.
+    """
+
+    def __init__(self, spec):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise InputError('a tokenizer.json needs: pip install "rho[hf]"') from error
+        if file_digest(spec["file"]) != spec["sha256"]:
+            raise InputError(f"{spec['file']} has changed since it was used (sha256). {REMEDY}")
+        try:
+            self.tokenizer = Tokenizer.from_file(spec["file"])
+        except Exception as error:  # the package raises nothing more precise
+            raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
+        self.tokenizer.encode_special_tokens = True  # as the text that they are
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocabulary = self.tokenizer.get_vocab()
+        self.n_vocab = max(self.vocabulary.values(), default=-1) + 1  # ids may leave holes
+        self.eot_token = spec.get("eot")
+        self.bos_token = spec.get("bos")
+        self.eos_token = spec.get("eos")
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts, pool=None):  # the package has threads of its own
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, tokens):
+        known = [int(token) for token in tokens if 0 <= token < self.n_vocab]
+        return self.tokenizer.decode(known, skip_special_tokens=False)
+
+
+def get_tokenizer(spec):
+    """meta["tokenizer"] -> an Encoding or FileTokenizer. InputError if it cannot be made."""
     try:
-        itemsize = np.dtype(meta["dtype"]).itemsize
-        small = []
-        for name in [*STREAMS, *meta["tokens"]]:
-            path = Path(folder, f"{name}.bin")
-            if os.path.getsize(path) != meta["tokens"][name] * itemsize:
-                raise InputError(f"{path} has another size than meta.json says. {remedy}")
-        for name in meta["files"]:
-            if os.path.getsize(Path(folder, name)) < 1 << 30:
-                small.append(name)
-        digests = {name: meta["files"][name] for name in small}
+        if "file" in spec:
+            return FileTokenizer(spec)
+        name = spec["name"]
+        if "ranks" in spec:
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+            special = {"<|endoftext|>": spec["eot"]}
+            pattern = spec["pat_str"]
+        elif name in tiktoken.list_encoding_names():
+            known = tiktoken.get_encoding(name)
+            ranks = known._mergeable_ranks  # so tiktoken's README extends an encoding
+            special = known._special_tokens
+            pattern = known._pat_str
+        else:
+            names = ", ".join(tiktoken.list_encoding_names())
+            raise InputError(f"--tokenizer {name}: not a file or folder, nor one of {names}")
+        return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except InputError:
+        raise
     except OSError as error:
-        raise InputError(f"{error.filename} is missing. {remedy}") from error
-    except (LookupError, TypeError, AttributeError) as error:
-        path = Path(folder, "meta.json")
-        raise InputError(f"{path} is damaged: {describe(error)}. {remedy}") from error
-    check_files(folder, {**meta, "files": digests})
-    return meta
+        why = "no network? TIKTOKEN_CACHE_DIR may name a folder that has it"
+        raise InputError(f"--tokenizer {spec.get('name')}: {why} ({error})") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
 
 
-def check_files(folder, meta):
-    """Compare every file with its sha256 in meta.json, whatever its size. InputError."""
-    for name, digest in meta["files"].items():
-        if file_digest(Path(folder, name)) != digest:
-            remedy = f"Run: {meta.get('command', 'python prepare_data.py')}"
-            raise InputError(f"{Path(folder, name)} has changed since it was made. {remedy}")
+def tokenizer_spec(name):
+    """--tokenizer -> what meta.json says of it: a name, ranks, or a tokenizer.json's sha256."""
+    path = Path(name).expanduser()
+    if path.name == "meta.json":
+        return read_meta(path.parent)["tokenizer"]
+    if str(name) in tiktoken.list_encoding_names() or not (path.is_dir() or path.suffix):
+        encoding = get_tokenizer({"name": str(name)})
+        return {"name": str(name), "n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.exists():
+        remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        raise InputError(f"--tokenizer: {path} is missing; {remedy} writes it")
+    path = path.resolve()
+    spec = {"name": path.parent.name, "file": str(path), "sha256": file_digest(path)}
+    tokenizer = FileTokenizer(spec)
+    try:
+        special = special_tokens(path.parent, tokenizer.vocabulary)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        why = f"no end-of-text token, or {' and '.join(BESIDE)} are damaged: {error!r}"
+        raise InputError(f"--tokenizer {path}: {why}") from error
+    return {**spec, "n_vocab": tokenizer.n_vocab, **special}
 
 
-# ---- From the flags to the folder ----
+def special_tokens(folder, vocabulary):
+    """{"eot", "bos", "eos"} -> ids: as the files beside a tokenizer.json say, else by name."""
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    for file in BESIDE:
+        if Path(folder, file).exists():
+            named.update(json.loads(Path(folder, file).read_text(encoding="utf-8")))
+    found = {}
+    for key in ("bos", "eos"):
+        token = named[f"{key}_token"]
+        found[key] = vocabulary.get(token["content"] if isinstance(token, dict) else token)
+    # The separator of documents is not always eos: an instruct model's ends a turn (<|im_end|>).
+    separators = [vocabulary.get("<|endoftext|>"), vocabulary.get("<|end_of_text|>")]
+    separators += [found["eos"], found["bos"]]
+    known = [token for token in separators if token is not None]
+    return {**found, "eot": known[0]}
 
 
-def read_questions(sources, args):
-    """{question: answer} of --questions."""
-    questions = {}
-    for document in read_role(sources, "questions", args):
-        prompt, *answer = [text for text, _ in document.segments]
-        question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-        questions[question] = answer[0].strip() if answer else ""
-    return questions
+def document_start(encoding):
+    """The tokens in front of each document: [separator], or [separator, bos]."""
+    bos = getattr(encoding, "bos_token", None)
+    if bos is None or bos == encoding.eot_token:
+        return [encoding.eot_token]
+    return [encoding.eot_token, bos]
 
 
-def read_clean(sources, role, args, index, report):
-    """The documents of a role that hold no question."""
-    documents = read_role(sources, role, args)
-    return clean(documents, index, report, args.keep_contaminated)
+def prompt_start(encoding):
+    """The token in front of a prompt: [bos] where the tokenizer has one, else [separator]."""
+    return document_start(encoding)[-1:]
 
 
-def prepare_text(args, sources, command):
-    """Tokenise the sources into the folder args.out. InputError if one is bad or too short."""
-    spec = tokenizer_spec(args.tokenizer)
-    encoding = get_tokenizer(spec)
-    dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
-    report = {"ngram": NGRAM, "dropped": not args.keep_contaminated, "found": 0, "documents": []}
-    meta = {"command": command, "tokenizer": spec, "dtype": dtype, "seed": args.seed}
-    meta.update(tokens={}, documents={}, contamination=report)
-    with new_folder(args.out) as work:
-        try_sources(sources, args)
-        questions = read_questions(sources, args)
-        write_questions(work, questions)
-        report["questions"] = len(questions)
-        index = make_index([*questions])
-
-        # Held-out target text is known before the rest, so that the rest can leave it out. A
-        # --val of its own is not searched for questions, since it may consist of them.
-        val = {}
-        for document in read_role(sources, "val", args):
-            val.setdefault(fingerprint(document.text), document)
-        n_val = 0 if args.val else args.val_docs
-        reference = read_clean(sources, "reference", args, index, report)
-        reference = hold_out(reference, val, n_val, args.seed)
-        write_split(work, "ref", reference, encoding, meta)
-        write_split(work, "val", val.values(), encoding, meta)
-        check_enough(sources, "reference", ("ref", "val"), meta)
-
-        val_corpus = {}
-        corpus = read_clean(sources, "corpus", args, index, report)
-        limit = characters_of(args.max_tokens, of_role(sources, "reference"))
-        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, args.seed, val, limit)
-        write_split(work, "train", corpus, encoding, meta, args.max_tokens)
-        write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
-        check_enough(sources, "corpus", ("train", "val_corpus"), meta)
-
-        if args.sft:
-            pairs = read_clean(sources, "sft", args, index, report)
-            pairs = hold_out(pairs, {}, 0, args.seed, avoid=val)
-            write_answers(work, pairs, encoding, meta)
-            check_enough(sources, "sft", ("sft",), meta)
-        copy_tokenizer(work, spec)
-        meta["sources"] = [source.report() for source in sources]
-        publish(work, args.out, meta)
-
-
-def characters_of(tokens, sources):
-    """About how many characters a number of tokens is, going by these sources."""
-    if not tokens:
-        return math.inf
-    counts = Counter()
-    for source in sources:
-        counts.update(source.counts)
-    return tokens * counts["characters"] / counts["tokens"]
-
-
-def write_split(work, name, documents, encoding, meta, max_tokens=None):
-    path = work / f"{name}.bin"
-    tokens, count = write_tokens(path, documents, encoding, meta["dtype"], max_tokens)
-    meta["tokens"][name] = tokens
-    meta["documents"][name] = count
-
-
-def check_enough(sources, role, splits, meta):
-    """InputError if one of these splits has too little text, with the reason and its remedy."""
-    remedies = {
-        "contaminated": "--keep_contaminated keeps them",
-        "skipped": "look at one of them without --skip_bad",
-        "duplicates": "they are copies of held-out text; give other text",
-        "empty": "is their text in another field? --field",
-    }
-    for split in splits:
-        if meta["tokens"][split] >= 100:
-            continue
-        if split == "val" and of_role(sources, "val"):
-            role = "val"
-        counts = Counter()
-        for source in of_role(sources, role):
-            counts.update(source.counts)
-        reason = max(remedies, key=lambda name: counts[name])
-        remedy = f"{counts[reason]:,} are {reason}: {remedies[reason]}"
-        if not counts[reason]:
-            remedy = "give more text"
-        have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
-        raise InputError(f"--{role}: too little text, {have}; {remedy}")
-
-
-def write_questions(work, questions):
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions.items()]
-    if lines:
-        Path(work, "questions.jsonl").write_text("".join(lines))
-
-
-def copy_tokenizer(work, spec):
-    """The files of a tokenizer.json, so that the data does not depend on where they came from."""
-    if "file" in spec:
-        source = Path(spec["file"])
-        shutil.copyfile(source, work / "tokenizer.json")
-        spec["file"] = "tokenizer.json"
-        for name in BESIDE:
-            if (source.parent / name).exists():
-                shutil.copyfile(source.parent / name, work / name)
-
-
-def preview(sources, args):
-    """--dry_run: each source with its files and its first document; nothing is written."""
-    encoding = get_tokenizer(tokenizer_spec(args.tokenizer))
-    for source, document in zip(sources, try_sources(sources, args), strict=True):
-        passed = f"{source.counts['hidden']} hidden, {source.counts['ignored']} ignored"
-        files = f"{len(source.files)} files, {source.size:,} bytes, {passed}"
-        print(f"{source.role} {source.name}: {files}")
-        tokens = len(encoding.encode_ordinary(document.text))
-        print(f"  {document.place}, {tokens:,} tokens: {document.text[:300]!r}")
+def stop_tokens(encoding):
+    """The tokens that end a document or an answer."""
+    names = ("eot_token", "bos_token", "eos_token")
+    return {getattr(encoding, name, None) for name in names} - {None}
 
 
 # ---- The demo ----
@@ -1632,6 +1431,104 @@ def train_tokenizer(args, sources):
     spec = ranks_spec("bpe", ranks, args.train_tokenizer)
     with new_folder(args.out) as work:
         publish(work, args.out, {"tokenizer": spec, "dtype": "uint16", "tokens": {}})
+
+
+# ---- What all four scripts share ----
+
+
+class InputError(ValueError):
+    """Something the user can fix: one line naming file or flag. Scripts print it and exit 2."""
+
+
+class OneLineParser(ArgumentParser):
+    """Says in one line what is wrong with a flag, without the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}. See python {self.prog} -h\n")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised on a signal; args[0] is its number."""
+
+
+def raise_interrupted(number, frame):
+    raise Interrupted(number)
+
+
+@contextmanager
+def catch_signals(handler):
+    """Ctrl-C and SIGTERM call `handler` inside the with block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
+@contextmanager
+def only_writer(path, wait=False, remedy="give a --name"):
+    """Hold PATH.lock inside the with block. While another process holds it: wait, or InputError."""
+    if fcntl is None:
+        yield
+        return
+    lock_path = Path(f"{path}.lock")
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(lock_path, wait, remedy)
+    try:
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def take_lock(path, wait, remedy):
+    """A file descriptor that holds the lock. Its end comes with the process, also after a crash."""
+    how = fcntl.LOCK_EX
+    if not wait:
+        how |= fcntl.LOCK_NB
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, how)
+        except BlockingIOError as error:
+            os.close(lock)
+            run = path.with_suffix("")
+            raise InputError(f"{run} is being written by another run: {remedy}") from error
+        # The holder before may have deleted the file after we opened it. A lock on a deleted file
+        # keeps nobody out: try again.
+        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)
+
+
+@contextmanager
+def whole_file(path):
+    """Open for writing so that `path` is whole or as it was: temporary name, fsync, rename."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save hides the OSError that a full disk is in a RuntimeError.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_digest(path):
+    """sha256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---- The command line ----
