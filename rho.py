@@ -5,13 +5,13 @@ computed once. A student then reads the whole corpus, but trains only on the tok
 excess loss: its own loss minus the reference's. A token that neither model predicts is noise, and
 a token that the student predicts well is learned already. Both have a low excess and are left out.
 
-The demo: clean text is grade-school problems with worked answers, the corpus is web-like pages in
-which such problems hide, most of them answered wrong, and 500 held-out questions are asked. CLM
-(causal language modeling) is ordinary training on all tokens. Arms, ways to train, are compared
-after the same number of tokens seen. Target text means text like the clean text.
+The demo: clean text is grade-school problems with worked answers ("target text" is text like it).
+The corpus is web-like pages in which such problems hide, most of them answered wrong, and 500
+held-out questions are asked. CLM (causal language modeling) is ordinary training on all tokens.
+We call each way to train an arm; arms are compared after the same number of tokens seen.
 
-    command                                     minutes   answers right at the end
-    python rho.py                                     5   the next four, then their table
+    command                                     minutes   correct answers after training
+    python rho.py                                     5   runs the next four, prints their table
     python rho.py --stage ref                         1   reference, on clean text: 326 of 500
     python rho.py --stage clm                         1   all tokens of the corpus: 56 of 500
     python rho.py --stage slm --select random         1   a random half of them: 33 of 500
@@ -33,12 +33,12 @@ after the same number of tokens seen. Target text means text like the clean text
 Differences from the paper:
 1. Models of 1 M parameters are trained from scratch, so that it runs on a laptop. With `--init` a
    trained model is continued, as in the paper.
-2. The reference's losses are stored as float16: a loss of 2 nats is exact to 0.001.
+2. The reference's losses are stored as float16: rounding changes a loss of 2 nats by 0.001.
 3. The top k are taken over each device's micro-batch. The paper says only "batch".
 4. Muon updates the matrices and AdamW the rest. The paper names no optimizer.
 
-How to read this file: THE METHOD, then `train`, which calls its four functions by name. The rest
-is what any trainer needs.
+How to read this file: THE METHOD, `train`, `score_corpus`. By default `train` runs fast forms, from
+model.py, of the first and the last of the four functions; `--fast false` runs the four as written.
 """
 
 import argparse
@@ -83,10 +83,11 @@ from prepare_data import (
 )
 
 # ==== THE METHOD ==================================================================================
-# Ordinary training averages the loss of all tokens. These four functions are what SLM does instead.
+# Ordinary training averages the first one over all tokens. SLM scores, selects and averages a part.
 # Shapes: B windows of T tokens, V tokens in the vocabulary.
 
-# The inputs that each rule of `score_tokens` needs besides the student's loss.
+# The inputs that each rule of `score_tokens` needs besides the student's loss. A rule of your own
+# is a line here and a branch there; --select, scoring and the table follow.
 NEEDS = {
     "excess": ["ref_loss"],
     "ref_loss": ["ref_loss"],
@@ -102,8 +103,8 @@ NEEDS = {
 def token_loss(logits, targets):
     """Cross-entropy of each token in nats, float32 (B, T); logits (B, T, V), targets (B, T).
 
-    The formula of equation 1, for either model. Position t of `logits` predicts `targets[:, t]`,
-    which is already the next token.
+    The formula of equation 1, used for student and reference. The targets are the inputs shifted by
+    one: position t of `logits` predicts `targets[:, t]`.
     """
     logits = logits.float().flatten(0, -2)  # (B * T, V)
     loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
@@ -114,11 +115,13 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, truth=No
     """How much each token is worth training on, (B, T). No gradient. Inputs are (B, T).
 
     excess: the student's loss minus the reference's, signed (equation 2).
-    ref_loss, ref_entropy, ref_both: the tokens with a low loss under the reference, with a low
-        entropy of its prediction, or with both (self-reference, section 3.4).
-    loss: what the student finds hard. random: the control. all: ordinary training.
-    oracle: what the maker of the demo's pages knows to be target text (truth: 1, else 0).
-    Raises ValueError if there is no such rule, or if an input that it NEEDS is missing.
+    ref_loss: tokens that the reference finds easy (self-reference, section 3.4).
+    ref_entropy: tokens whose prediction the reference is sure of (the same section).
+    ref_both: tokens that rank high by both.
+    loss: tokens that the student finds hard.
+    random: the control. all: ordinary training.
+    oracle: tokens that the demo's generator knows to be target text (truth: 1, else 0).
+    ValueError if there is no such rule, or if an input that it NEEDS is missing.
     """
     given = {"ref_loss": ref_loss, "ref_entropy": ref_entropy, "truth": truth}
     missing = [name for name in NEEDS.get(select, []) if given[name] is None]
@@ -133,8 +136,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, truth=No
     if select == "ref_entropy":
         return -ref_entropy
     if select == "ref_both":
-        # Sorting twice gives ranks, 0 for the lowest. A token is among the m best by both rules
-        # if the worse of its two ranks is below m.
+        # Sorting twice gives ranks, 0 for the best. A token is in both top-m lists exactly if the
+        # worse of its two ranks is below m: so the k lowest worse ranks are such an intersection.
         loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
         entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
         worse_rank = torch.maximum(loss_rank, entropy_rank)
@@ -155,13 +158,13 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
     is False where there is nothing to learn: such a token is not selected and does not count in k.
-    A rule may exclude a token by a score of -inf. Raises ValueError if a score is NaN, or unless
-    exactly one of ratio and threshold is given.
+    A rule may exclude a token by a score of -inf. ValueError: a score that is NaN, or both or
+    neither of ratio and threshold.
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("select_tokens takes a ratio or a threshold, one of them")
     if score.isnan().any():
-        raise ValueError("a score is NaN: look for 0 / 0 in the rule")
+        raise ValueError("a score is NaN: the rule may divide 0 by 0 (clamp what it divides by)")
     if valid is None:
         valid = torch.ones_like(score, dtype=torch.bool)
     score = score.masked_fill(~valid, -torch.inf)  # (B, T)
@@ -171,7 +174,7 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     best = score.flatten().topk(k, sorted=False).indices  # (k,)
     mask = torch.zeros_like(valid).flatten()  # (B * T)
     mask[best] = True
-    # Where a rule excludes many tokens, some of them are among the k best all the same.
+    # If a rule leaves fewer than k tokens, the k best include some with -inf: drop those.
     return mask.view(score.shape) & (score > -torch.inf)  # (B, T)
 
 
@@ -187,11 +190,11 @@ def selective_loss(student_loss, mask):
 
 # ==== flags =======================================================================================
 
-# check_available=True: a machine may have the software of an accelerator and no accelerator.
+# check_available=True: a CUDA build of torch may run on a machine without a GPU.
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 BEST_DEVICE = (ACCELERATOR or torch.device("cpu")).type
 STAGES = ("all", "ref", "score", "clm", "slm", "sft", "dynamics", "table", "check")
-# The rule of each stage that trains, where --select does not name one.
+# The default --select of each training stage.
 STAGE_RULES = {"ref": "all", "clm": "all", "sft": "all", "slm": "excess"}
 
 
@@ -213,9 +216,9 @@ class Config:
     select: str = option("", "rule; default: excess for slm, else all", choices=("", *NEEDS))
     reference: str = option("", "checkpoint or Hugging Face folder of the reference [OUT/ref.pt]")
     ratio: float = option(0.5, "share of the tokens trained on (paper: 0.6)", above=0, most=1)
-    threshold: float | None = option(None, "train on each token that scores above it; no ratio")
-    fast: bool = option(True, "false: token_loss and selective_loss as written; true: model.py's")
-    # The model. The reference's shape is in its own checkpoint and may be another.
+    threshold: float | None = option(None, "in place of ratio: all that score above it")
+    fast: bool = option(True, "run model.py's forms of token_loss, selective_loss")
+    # The model. The reference may have another shape: it is read from its checkpoint.
     n_layer: int = option(3, "blocks of the model", least=1)
     n_head: int = option(4, "attention heads", least=1)
     n_kv_head: int = option(4, "key-value heads; below n_head: grouped-query attention", least=1)
@@ -226,9 +229,9 @@ class Config:
     block_size: int = option(128, "tokens in a window", least=1)
     init: str = option("", "checkpoint or Hugging Face folder to start from")
     # Training. Tokens are counted as seen, trained on or not.
-    tokens: int = option(900_000, "length of clm and slm", least=1)
-    ref_tokens: int = option(900_000, "length of ref", least=1)
-    sft_tokens: int = option(200_000, "length of sft", least=1)
+    tokens: int = option(900_000, "tokens that clm and slm read", least=1)
+    ref_tokens: int = option(900_000, "tokens that ref reads", least=1)
+    sft_tokens: int = option(200_000, "tokens that sft reads", least=1)
     batch_size: int = option(8, "windows in an optimizer step, over all devices", least=1)
     micro_batch: int = option(8, "windows on a device at once; gradients accumulate", least=1)
     optimizer: str = option(
@@ -244,7 +247,7 @@ class Config:
     evals: int = option(9, "evaluations over the run; each saves a checkpoint", least=1)
     eval_windows: int = option(64, "windows of held-out text in an evaluation", least=1)
     questions: int = option(500, "questions of DATA/questions.jsonl in an evaluation", least=0)
-    save_minutes: float = option(20, "most minutes between two checkpoints", above=0)
+    save_minutes: float = option(20, "save at least this often, in minutes", above=0)
     restart: bool = option(False, "start over, and replace the run of this name")
 
     @property
@@ -278,11 +281,11 @@ def train(cfg, run, split):
         first_step, records, sums = restore(saved, model, optimizers)
     announce(run, path, windows, records, first_step, cfg.steps)
 
-    # The model ends at its hidden states; the losses below apply its head. DDP sums the head's
-    # gradient over the ranks too: its hooks are on the parameters.
+    # The model ends at its hidden states, and the losses below apply its head. DDP still exchanges
+    # the head's gradient: DDP's hooks sit on the parameters.
     wrapped = model
     if run.world > 1:
-        wrapped = DistributedDataParallel(model)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if cfg.compile or (cfg.compile is None and run.cuda):
         wrapped = torch.compile(wrapped)
     generator = torch.Generator(run.device)
@@ -292,20 +295,22 @@ def train(cfg, run, split):
 
     for step in run.bar(range(first_step, cfg.steps), cfg.name, cfg.batch_size * cfg.block_size):
         started = time.time()
-        my_windows = batch(windows.n, cfg.batch_size, cfg.seed, step)[run.rank :: run.world]
+        all_windows = batch(windows.n, cfg.batch_size, cfg.seed, step)
+        my_windows = all_windows[run.rank :: run.world]  # this rank's share
+        # Loss of the selected tokens, loss of all tokens, sum of the mask, number of the selected.
         step_sums = torch.zeros(4, device=run.device)
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
             x, y, valid, known = fetch(run, windows, inputs, ids)  # (B, T) each
-            # For --select random. The hash of integers is the same in every process.
+            # For --select random: a resumed run draws the same numbers.
             generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
 
             with gradient_exchange(run, wrapped, is_last), run.precision:
                 hidden = wrapped(x).to(run.dtype)  # (B, T, C): logits are model.head(hidden)
 
-                # 1. The student's loss on every token. The fast form makes no gradient here.
+                # 1. The student's loss on every token. (The fast form: without gradient.)
                 if cfg.fast:
                     student_loss, phase_one = all_losses(hidden, model.lm_head.weight, y)  # (B, T)
                 else:
@@ -315,25 +320,23 @@ def train(cfg, run, split):
                 score = score_tokens(cfg.select, student_loss, **known, generator=generator)
                 # 3. The tokens to train on.
                 mask = select_tokens(score, cfg.ratio, cfg.threshold, valid)  # (B, T)
-                # 4. The loss on those tokens: their sum, for `take_step` divides by their number.
-                #    The fast form makes logits and gradient again, for these tokens only.
+                # 4. The sum of their losses. `take_step` divides it by their number in the whole
+                #    batch. (The fast form: gradient for these tokens only.)
                 if cfg.fast:
                     loss = selected_loss(hidden, model.lm_head.weight, y, mask, phase_one)
                 else:
                     loss = selective_loss(student_loss, mask) * mask.sum()
-                if cfg.fast and step == first_step:
-                    check_fast_form(model, hidden, y, mask, loss)
             loss.backward()
 
             student_sum = student_loss.detach().sum()
             step_sums += torch.stack([loss.detach(), student_sum, mask.sum(), (mask > 0).sum()])
 
-        # Without a selected token there is nothing to learn. A step would move the weights all the
-        # same, by momentum and weight decay: so none is made.
+        # If no token was selected there is nothing to learn. A step would still move the weights,
+        # by momentum and weight decay: so none is made.
         run.all_reduce(step_sums)
-        n_selected = step_sums[2].item()
-        if n_selected > 0:
-            sums["grad_norm"] = take_step(cfg, run, model, optimizers, step, n_selected)
+        mask_sum = step_sums[2].item()
+        if mask_sum > 0:
+            sums["grad_norm"] = take_step(cfg, run, model, optimizers, step, mask_sum)
         model.zero_grad()
         add_step(sums, step_sums.tolist(), time.time() - started)
 
@@ -367,21 +370,28 @@ def fetch(run, windows, inputs, ids):
 
 
 def gradient_exchange(run, wrapped, is_last):
-    """DDP exchanges gradients in the last micro-batch of a step only: before, they add up here."""
+    """Until the last micro-batch of a step, gradients only add up on each rank."""
     if is_last or run.world == 1:
         return nullcontext()
     return wrapped.no_sync()
 
 
-@torch.no_grad()
-def check_fast_form(model, hidden, targets, mask, loss):
-    """InputError if the fast form and the plain functions differ, as after one was edited."""
-    logits = hidden.float() @ model.lm_head.weight.float().T  # (B, T, V)
-    student_loss = token_loss(logits, targets)
-    plain = selective_loss(student_loss, mask) * mask.sum()
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.03
-    if not torch.allclose(loss, plain, rtol=tolerance, atol=tolerance):
-        raise InputError("token_loss or selective_loss was changed: only --fast false runs them")
+def check_fast_form():
+    """InputError unless the fast forms compute what token_loss and selective_loss compute."""
+    # Random logits with easy and hard targets. As hidden states, with the identity as head, they
+    # are what the fast forms take.
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2, 32, 50, generator=generator)  # (B, T, V)
+    targets = torch.randint(50, (2, 32), generator=generator)
+    mask = torch.rand(2, 32, generator=generator) < 0.5
+    head = torch.eye(50)
+    losses, phase_one = all_losses(logits, head, targets)
+    loss = selected_loss(logits, head, targets, mask, phase_one)
+    plain_losses = token_loss(logits, targets)
+    plain_loss = selective_loss(losses, mask) * mask.sum()
+    same = torch.allclose(losses, plain_losses, atol=1e-3) and torch.allclose(loss, plain_loss)
+    if not same:
+        raise InputError("token_loss or selective_loss was changed: add --fast false to run them")
 
 
 def check_finite(values, what, where):
@@ -390,14 +400,14 @@ def check_finite(values, what, where):
         raise InputError(f"{what} is not finite at {where}. The last checkpoint is intact")
 
 
-def take_step(cfg, run, model, optimizers, step, n_selected):
-    """One optimizer step. The gradients are of a sum over n_selected tokens. Returns their norm."""
+def take_step(cfg, run, model, optimizers, step, mask_sum):
+    """One optimizer step on gradients of a sum; returns the gradient's norm before clipping."""
     # The mean of equation 3 is formed here, where the number of selected tokens of the whole batch
     # is known: a mean for each micro-batch would become a mean of means.
     # run.world: DDP has averaged the gradients over the ranks, and a sum is wanted.
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad *= run.world / n_selected
+            parameter.grad *= run.world / mask_sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     check_finite(norm, f"--lr {cfg.lr}: the gradient's norm", f"step {step}")
     for optimizer in optimizers:
@@ -435,8 +445,8 @@ def add_step(sums, step_sums, seconds):
 def training_record(cfg, step, sums, before):
     """Training statistics since the record `before`.
 
-    student_loss is the mean over all tokens, selected_loss over the selected ones. They are means
-    over other tokens in each arm: they do not compare arms.
+    student_loss is the mean over all tokens, selected_loss over the selected ones. Each arm
+    averages over different tokens: do not compare arms by them.
     """
     step_tokens = cfg.batch_size * cfg.block_size
     tokens_between = (step - before["step"]) * step_tokens
@@ -489,9 +499,10 @@ def learning_rate(cfg, step, steps):
 class Windows:
     """A token file cut into fixed windows: window i predicts tokens i * T + 1 ... i * T + T.
 
-    So every token is a target once per epoch, always in the same context, and one stored reference
-    loss per token is enough. Windows ignore the borders of documents, and attention crosses them,
-    as usual in pre-training. windows[ids], of B window numbers, is (inputs, targets), (B, T) int64.
+    So a token is a target once per epoch, always in the same context, and one stored reference
+    loss per token is enough. Windows ignore the borders of documents, and attention crosses
+    them, as usual in pre-training. windows[ids] returns (inputs, targets), (B, T) int64, for B
+    window numbers.
     """
 
     def __init__(self, cfg, meta, split):
@@ -566,8 +577,8 @@ def rule_inputs(cfg, run, windows):
 def score_corpus(cfg, run, windows):
     """Have the reference score a corpus: {"ref_loss": float16 (windows.n, T), ...}, on disk.
 
-    Only the windows that a run of --tokens sees are scored. What is there already is not scored
-    again. Ranks share the work; the files do not depend on how many they are.
+    Only the windows that a run of --tokens sees are scored; batches that are complete are skipped.
+    Ranks share the work; the files do not depend on how many they are.
     """
     names = ["ref_loss"]
     if "ref_entropy" in NEEDS.get(cfg.select, []):
@@ -576,8 +587,8 @@ def score_corpus(cfg, run, windows):
     reference = open_model(path, cfg, run).eval()
     # The name of the folder is a hash of all that the scores depend on: a stale score is not found.
     corpus = run.meta["files"][windows.path.name]
-    depends_on = f"{[corpus, cfg.block_size, str(run.dtype)]} {weights_hash(reference)}"
-    folder = Path(cfg.out, "scores", sha256(depends_on.encode()).hexdigest()[:16])
+    depends_on = [corpus, cfg.block_size, str(run.dtype), weights_hash(reference), code_hash(GPT)]
+    folder = Path(cfg.out, "scores", sha256(str(depends_on).encode()).hexdigest()[:16])
     files = {name: folder / f"{name}.f16" for name in names}
 
     with run.only_writer(folder, wait=True):
@@ -586,8 +597,8 @@ def score_corpus(cfg, run, windows):
                 make_scores(file, windows)
         run.wait()
         scores = {name: open_scores(file, windows) for name, file in files.items()}
-        # Split first, and skip what is done afterwards. The other way round, ranks would see
-        # different gaps, since the files fill up while they look.
+        # Give each rank its batches before dropping the finished ones: another rank may already be
+        # filling the file.
         my_parts = torch.tensor(visited_windows(cfg, windows)).split(cfg.micro_batch)
         my_parts = my_parts[run.rank :: run.world]
         run.wait()
@@ -692,6 +703,7 @@ def first_model(cfg, run):
         # In a model block_size is the longest sequence, in Config the length of a window.
         shape.pop("block_size")
         for key, wanted in shape.items():
+            # A flag left at its default counts as not given.
             if wanted not in (getattr(Config, key), getattr(model.config, key)):
                 raise InputError(f"--{key} {wanted}: --init {cfg.init} has another shape. Omit it")
         if Path(cfg.init).is_dir() and cfg.lr > 4e-4:
@@ -705,6 +717,8 @@ def first_model(cfg, run):
 
 def open_model(path, cfg, run):
     """The model of a checkpoint or Hugging Face folder. InputError if it does not fit the data."""
+    if not path.exists() and path.suffix != ".pt":
+        raise InputError(f"{path} not found: give a checkpoint of rho.py or a Hugging Face folder")
     if not path.exists():
         raise InputError(f"{path} not found. Run: {command_for(path, cfg)}")
     model, checkpoint = load_model(path)
@@ -731,15 +745,19 @@ def same_tokenizer(spec, model, checkpoint):
 
 
 def command_for(path, cfg):
-    """The command that makes a missing checkpoint, as far as its name tells."""
+    """The command that makes a checkpoint, as far as its name tells."""
+    here = replace(cfg, out=str(path.parent), init="")
+    stage, _, rule = path.stem.partition("-")
     if path.stem in STAGE_RULES:
-        return command_line(replace(cfg, out=str(path.parent)), path.stem)
-    return command_line(replace(cfg, out=str(path.parent)), f"ref --name {path.stem}")
+        return command_line(here, stage)
+    if stage in STAGE_RULES and rule in NEEDS:
+        return command_line(here, f"{stage} --select {rule}")
+    return command_line(here, f"ref --name {path.stem}")
 
 
 def command_line(cfg, stage):
     shown = ""
-    for flag in ("data", "out"):
+    for flag in ("data", "out", "init"):
         if getattr(cfg, flag) != getattr(Config, flag):
             shown += f" --{flag} {getattr(cfg, flag)}"
     return f"python rho.py --stage {stage}{shown}"
@@ -765,9 +783,10 @@ def corpus_losses(cfg, run, model, windows):
 
 
 def evaluate(cfg, run, model, held_out, path, step):
-    """What arms are compared on: losses on all tokens of held-out text, and right answers.
+    """What arms are compared on: loss on held-out text, over all its tokens, and right answers.
 
-    The losses of the single tokens of held-out corpus text go to OUT/<run>/<step>.npy.
+    Of each split the first --eval_windows windows count. The losses of the single tokens of corpus
+    text go to OUT/<run>/<step>.npy.
     """
     started = time.time()
     model.eval()
@@ -809,11 +828,9 @@ def report(run, cfg, records):
     parts.append(f"{total_seconds(records):.0f} s")
     run.say("  ".join(parts))
     if last["empty_steps"]:
-        rule = f"--ratio {cfg.ratio}"
-        if cfg.threshold is not None:
-            rule = f"--threshold {cfg.threshold}"
+        rule = f"--select {cfg.select}, ratio {cfg.ratio}, threshold {cfg.threshold}"
         run.say(
-            f"{cfg.name}: in {last['empty_steps']} steps {rule} selected no token: no step made"
+            f"{cfg.name}: {last['empty_steps']} steps selected no token and were not made ({rule})"
         )
 
 
@@ -824,22 +841,22 @@ def total_seconds(records):
 
 # ==== identity of a run, resuming, saving =========================================================
 
-# Flags that do not decide what a run computes. Of init and reference the weights count, of data the
-# files, and of ref_tokens and sft_tokens what `arm_config` has copied to tokens.
+# Flags whose value is no part of a run's identity. For init and reference the weights count, for
+# data the files, for ref_tokens and sft_tokens what `arm_config` has copied to tokens.
 NOT_IDENTITY = {
     *("stage", "data", "out", "name", "reference", "init", "ref_tokens", "sft_tokens"),
-    *("device", "compile", "recompute", "restart", "save_minutes"),
+    *("compile", "recompute", "restart", "save_minutes"),
 }
 
 
-def code_hash():
-    """A hash of what rho.py and model.py do. Comments and docstrings may change."""
+def code_hash(*objects):
+    """A hash of the files that define the objects. Comments and docstrings may change."""
     digest = sha256()
-    for file in (__file__, inspect.getsourcefile(GPT)):
+    for file in [inspect.getsourcefile(defined) for defined in objects]:
         tree = ast.parse(Path(file).read_text())
         for node in ast.walk(tree):
-            is_documented = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
-            if is_documented and ast.get_docstring(node):
+            may_have_docstring = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+            if may_have_docstring and ast.get_docstring(node):
                 node.body = node.body[1:]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
@@ -860,10 +877,11 @@ def run_identity(cfg, run, model, windows, inputs):
     settings = {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
     return {
         **settings,
+        "text": windows.path.name,
         "number of processes": run.world,
         "first weights": weights_hash(model),
         "scores of the reference": inputs_hash(cfg, windows, inputs),
-        "code of rho.py or model.py": code_hash(),
+        "code of rho.py, model.py or eval_math.py": code_hash(Config, GPT, answer_questions),
         **run.meta["files"],
     }
 
@@ -913,8 +931,13 @@ def save_run(path, run, model, optimizers, identity, step, steps, records, sums)
         "records": records,
         "sums": sums,
     }
+    # The log first: a run that is killed in between makes its last steps, and this file, again.
+    save_log(path, records)
     with whole_file(path) as f:
         torch.save(state, f)
+
+
+def save_log(path, records):
     with whole_file(path.with_suffix(".jsonl")) as f:
         for record in records:
             f.write(f"{json.dumps(record)}\n".encode())
@@ -922,21 +945,29 @@ def save_run(path, run, model, optimizers, identity, step, steps, records, sums)
 
 def header(cfg, run, model, identity):
     """The first record of a log: what is run, with what, and where."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "run": cfg.name,
         "config": asdict(cfg),
         "model": asdict(model.config),
         "params": model.num_params(),
-        "commit": commit or "unknown",
-        "code": identity["code of rho.py or model.py"],
+        "commit": git_commit(),
+        "steps": cfg.steps,
+        # What must be equal for two runs to be compared, besides the flags: see the table.
+        "identity": {k: v for k, v in identity.items() if not hasattr(cfg, k)},
         "torch": str(torch.__version__),
         "device": str(run.device),
         "threads": torch.get_num_threads(),
         "world": run.world,
         "step": 0,
     }
+
+
+def git_commit():
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # git is not installed
+        return "unknown"
 
 
 def announce(run, path, windows, records, first_step, steps):
@@ -970,7 +1001,7 @@ class Run:
             # From here on "cuda" means this GPU.
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32
-        bf16 = self.cuda and torch.cuda.is_bf16_supported()
+        bf16 = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.precision = torch.autocast(self.device.type, self.dtype, enabled=bf16)
         if self.world > 1 and not dist.is_initialized():
@@ -1060,8 +1091,8 @@ def value(record, key):
 def tokens_to_reach(records, goal_record, key):
     """How many tokens a run had seen when it reached the goal for good; None if it ends behind.
 
-    For good: from that evaluation on it never falls behind the goal. An untrained model that once
-    guesses well has not reached it.
+    For good: from that evaluation on it never falls behind the goal. One lucky evaluation, as of an
+    untrained model, does not count.
     """
     sign = 1 if key == "right" else -1  # more answers are better, and less loss
     goal = sign * value(goal_record, key)
@@ -1073,22 +1104,38 @@ def tokens_to_reach(records, goal_record, key):
     return reached
 
 
-# What two runs may differ in and still be compared: what the comparison is about, and how and where
-# a run is computed.
-MAY_DIFFER = NOT_IDENTITY - {"data", "init"} | {"select", "ratio", "threshold", "fast", "evals"}
+# The flags that two runs may differ in and still be compared: those that the comparison is about,
+# and those of where and how a run is computed.
+MAY_DIFFER = {
+    *("select", "ratio", "threshold", "reference", "stage", "name", "out", "data", "device"),
+    *(
+        "fast",
+        "compile",
+        "recompute",
+        "restart",
+        "save_minutes",
+        "evals",
+        "ref_tokens",
+        "sft_tokens",
+    ),
+}
 
 
 def why_not_comparable(records, clm):
     """The reasons, in words, for which a run must not be compared with CLM; mostly none."""
-    config, clm_config = records[0]["config"], clm[0]["config"]
+    header, clm_header = records[0], clm[0]
     reasons = []
-    for key in clm_config:
-        if key not in MAY_DIFFER and config.get(key) != clm_config[key]:
-            reasons.append(f"{key} {config.get(key)}, not {clm_config[key]}")
-    if records[0]["world"] != clm[0]["world"]:
-        reasons.append("another number of processes")
-    step_tokens = config["batch_size"] * config["block_size"]
-    if records[-1]["step"] < max(1, config["tokens"] // step_tokens):
+    for key, clm_value in clm_header["config"].items():
+        mine = header["config"].get(key)
+        if key not in MAY_DIFFER and mine != clm_value:
+            reasons.append(f"{key} {mine}, not {clm_value}")
+    # Beyond the flags: the text, the data's files, the first weights, the number of processes.
+    mine, theirs = header.get("identity", {}), clm_header.get("identity", {})
+    for key in theirs:
+        depends_on_arm = key.startswith(("scores", "code"))
+        if not depends_on_arm and mine.get(key) != theirs[key]:
+            reasons.append(f"another {key}")
+    if records[-1]["step"] < header.get("steps", 0):
         reasons.append("unfinished")
     return reasons
 
@@ -1123,6 +1170,8 @@ def table_notes(runs):
     if "clm" not in runs:
         return ["no run named clm to compare with"]
     clm = runs["clm"]
+    if why_not_comparable(clm, clm):
+        return ["clm is unfinished: nothing can be compared with it yet"]
     notes = []
     for name, records in runs.items():
         if name in ("ref", "clm"):
@@ -1131,19 +1180,26 @@ def table_notes(runs):
         if reasons:
             notes.append(f"* {name} cannot be compared with clm: {'; '.join(reasons)}")
             continue
-        if records[0].get("code") != clm[0].get("code"):
+        if code_of(records) != code_of(clm):
             notes.append(f"{name} was run by other code than clm. If it changes clm, run clm again")
         for key, words in {"right": "accuracy", "val_loss": "target loss"}.items():
-            # If clm has no right answer at all, every run has reached that.
+            # A goal of 0 right answers is reached by every run: skip it.
             if key in records[-1] and clm[-1].get(key):
                 notes.append(reach_note(name, records, clm[-1], key, words))
     return notes
+
+
+def code_of(records):
+    identity = records[0].get("identity", {})
+    return [value for key, value in identity.items() if key.startswith("code")]
 
 
 def reach_note(name, records, clm_record, key, words):
     tokens = tokens_to_reach(records, clm_record, key)
     if tokens is None:
         return f"{name} does not reach clm's final {words}"
+    if tokens == clm_record["tokens"]:
+        return f"{name} is at clm's final {words} at the end, not sooner"
     times = clm_record["tokens"] / tokens
     return f"{name} is at clm's final {words} after {tokens:,} tokens: {times:.1f} times fewer"
 
@@ -1181,7 +1237,7 @@ def arm_config(cfg, stage):
     elif not name:
         name = f"{stage}-{select}"
     reference = cfg.reference
-    if not reference and NEEDS[select] and select != "oracle":
+    if not reference and NEEDS[select] and "truth" not in NEEDS[select]:
         reference = f"{cfg.out}/ref.pt"
     return replace(
         cfg,
@@ -1200,6 +1256,8 @@ def train_arm(cfg, run, stage):
     cfg = arm_config(cfg, stage)
     split = {"ref": "ref", "sft": "sft"}.get(stage, "train")
     path = Path(cfg.out, f"{cfg.name}.pt")
+    if cfg.fast:
+        check_fast_form()
     with run.only_writer(path), catch_signals(run.on_signal):
         try:
             return train(cfg, run, split)
@@ -1221,7 +1279,9 @@ def train_dynamics(cfg, run):
 def check_stage(cfg, run):
     """Compare every file of the data and of the runs with its checksum."""
     check_files(cfg.data, run.meta)
-    scores = sorted(Path(cfg.out).glob("scores/*/*.f16"))
+    # A score file that is still being written has no checksum yet.
+    checksums = sorted(Path(cfg.out).glob("scores/*/*.f16.sha256"))
+    scores = [checksum.with_suffix("") for checksum in checksums]
     for path in scores:
         check_scores(path)
     checkpoints = sorted(Path(cfg.out).glob("*.pt"))
@@ -1255,8 +1315,13 @@ def check_config(cfg, world):
         raise InputError(f"--name: --stage {cfg.stage} makes several runs. Use --stage slm")
     if cfg.stage == "all" and (cfg.select or cfg.threshold is not None):
         raise InputError("--select and --threshold need a single stage: --stage slm")
-    if cfg.stage in ("ref", "clm") and cfg.select:
-        raise InputError(f"--select: --stage {cfg.stage} trains on every token. Use --stage slm")
+    if cfg.stage in ("ref", "clm") and (cfg.select or cfg.threshold is not None):
+        what = "--select" if cfg.select else "--threshold"
+        raise InputError(f"{what}: --stage {cfg.stage} trains on every token. Use --stage slm")
+    if cfg.threshold is not None and cfg.select in ("random", "ref_both", "all", "oracle"):
+        raise InputError(
+            f"--threshold: the scores of --select {cfg.select} have no unit. Use --ratio"
+        )
     if cfg.stage == "sft" and not cfg.init:
         raise InputError("--stage sft needs a checkpoint to start from: --init out/demo/slm.pt")
     if cfg.batch_size % world:
@@ -1355,7 +1420,7 @@ def main(argv=None):
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt as stop:
-        # Python's own KeyboardInterrupt is of Ctrl-C. The status is the shell's custom.
+        # A KeyboardInterrupt without a number was Ctrl-C. Shells report 128 + the signal.
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         message = "interrupted; the same command (without --restart) resumes"
     except OSError as error:  # a full disk, a folder that is not writable

@@ -874,7 +874,7 @@ def test_killed_while_renaming_is_not_a_prepared_folder(text, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(MemoryError):
         run(*flags, "--seed", 2, "--questions", "q.jsonl")
-    with pytest.raises(InputError, match="meta.json: a run was killed"):
+    with pytest.raises(InputError, match="meta.json is damaged, or of a run that was killed"):
         load_meta("out")
     monkeypatch.setattr(os, "replace", plain)
     run(*flags, "--seed", 2)

@@ -810,7 +810,7 @@ def test_ctrl_c_ends_in_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(eval_math, "generate", interrupted)
     before = sorted(folder.rglob("*"))
     said = refused(["--ckpt", "slm.pt", "--max_new_tokens", "5"], capsys, status=130)
-    assert said == "interrupted; the same command starts again"
+    assert said == "eval_math.py: interrupted; the same command starts again"
     assert sorted(folder.rglob("*")) == before
 
 
