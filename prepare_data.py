@@ -38,14 +38,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice, pairwise
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import pyarrow  # comes with datasets
-import pyarrow.compute
-import pyarrow.parquet
 import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
@@ -163,15 +160,14 @@ def check_enough(sources, role, splits, meta):
         "empty": "is their text in another --field?",
     }
     for split in splits:
-        if meta["tokens"][split] >= 100:
-            continue
         if split == "val" and of_role(sources, "val"):
             role = "val"
         counts = total_counts(sources, role)
         reasons = [f"{counts[key]:,} {key}: {remedies[key]}" for key in remedies if counts[key]]
         why = ", ".join(reasons) or "give more text"
-        have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
-        raise InputError(f"--{role}: too little text, {have}; {why}")
+        if meta["tokens"][split] < 100:
+            have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
+            raise InputError(f"--{role}: too little text, {have}; {why}")
 
 
 def preview(sources, args):
@@ -335,7 +331,7 @@ def read_role(sources, role, args):
         for i in range(min(LANES, len(files))):
             lanes.append(read_lane(source, files[i::LANES], args))
     slowest = min([source.weight for source in chosen], default=1)
-    for document in heapq.merge(*lanes, key=attrgetter("progress")):
+    for document in heapq.merge(*lanes, key=lambda document: document.progress):
         source = document.source
         # From here on it goes from 0 to 1, or is 0 where it is not known.
         document.progress = 0 if source.split else document.progress * slowest
@@ -470,7 +466,9 @@ def unpack(raw, packed):
         return gzip.GzipFile(fileobj=raw)
     if packed == ".xz":
         return lzma.LZMAFile(raw)
-    if packed == ".zst":  # pyarrow's, unlike others, refuses half a frame
+    if packed == ".zst":
+        import pyarrow  # comes with datasets; unlike others it refuses half a frame
+
         stream = pyarrow.PythonFile(raw, mode="r")
         return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
     return raw
@@ -552,6 +550,8 @@ def json_rows(file):
 
 def table_rows(path, kind, fields):
     """The same of a .parquet or .arrow, of which only the columns with text are read."""
+    import pyarrow.parquet
+
     if kind == ".parquet":
         table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
         names = table.schema_arrow.names
@@ -697,24 +697,27 @@ class QuestionIndex:
     """The runs of words that must not be in a document, by the numbers of their words."""
 
     def __init__(self, questions):
-        numbers = {}
+        self.numbers = {}  # word -> its number
         self.runs = {}  # bytes of int32 numbers -> question
         for question in questions:
             (its_words,) = words([question]).to_pylist()
             for run in question_runs([word for word in its_words if word]):
-                key = [numbers.setdefault(word, len(numbers)) for word in run]
+                key = [self.numbers.setdefault(word, len(self.numbers)) for word in run]
                 self.runs.setdefault(np.array(key, np.int32).tobytes(), question)
-        self.vocabulary = pyarrow.array([*numbers], pyarrow.large_string())
         self.lengths = sorted({len(key) // 4 for key in self.runs})
 
     def search(self, documents):
         """Set the question that each Document holds. A long one is searched in parts."""
+        import pyarrow
+        from pyarrow import compute
+
+        vocabulary = pyarrow.array([*self.numbers], pyarrow.large_string())
         longest = max([len(document.text) for document in documents], default=0)
         for at in range(0, longest, BATCH):
             # The parts overlap, since a run may lie over a seam.
             lists = words([document.text[at : at + BATCH + 4000] for document in documents])
-            numbers = pyarrow.compute.index_in(lists.flatten(), value_set=self.vocabulary)
-            numbers = pyarrow.compute.fill_null(numbers, -1).to_numpy()
+            numbers = compute.index_in(lists.flatten(), value_set=vocabulary)
+            numbers = compute.fill_null(numbers, -1).to_numpy()
             bounds = pairwise(lists.offsets.to_numpy())
             for document, (start, end) in zip(documents, bounds, strict=True):
                 document.question = document.question or self.find_run(numbers[start:end])
@@ -752,7 +755,9 @@ def words(texts):
     Compared are letters and digits alone: NFKC (full-width and composed forms), lower case,
     without invisible characters, hyphens at line ends and commas of thousands. "_" splits.
     """
-    compute = pyarrow.compute
+    import pyarrow
+    from pyarrow import compute
+
     array = pyarrow.array(texts, pyarrow.large_string())
     array = compute.utf8_lower(compute.utf8_normalize(array, form="NFKC"))
     array = compute.replace_substring_regex(array, r"\p{Cf}", "")
@@ -978,7 +983,7 @@ def publish(work, folder, meta):
     old = listed_files(folder) - {"meta.json"}
     # A run that is killed below leaves this meta.json, which load_meta refuses, and which says
     # what the next run may replace.
-    write_meta(folder, {"unfinished": True, "files": [*old, *meta["files"]]})
+    write_meta(folder, {"files": [*old, *meta["files"]]})
     for path in files:
         os.replace(path, Path(folder, path.name))
     for name in old - set(meta["files"]):
@@ -1026,20 +1031,16 @@ def read_meta(folder):
     path = Path(folder, "meta.json")
     try:
         meta = json.loads(path.read_text())
-        if "unfinished" in meta:
-            raise InputError(f"{path}: a run was killed. Repeat it, or run: python prepare_data.py")
         spec = meta["tokenizer"]
-        numbers = [spec["n_vocab"], spec["eot"]]
-        whole = all(type(number) is int for number in numbers) and isinstance(spec["name"], str)
-        if not whole or meta["dtype"] not in ("uint16", "uint32"):
+        kinds = [type(spec[key]) for key in ("name", "n_vocab", "eot")]
+        if kinds != [str, int, int] or meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError("tokenizer or dtype")
-    except InputError:
-        raise
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing. {REMEDY} --out {folder}") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
-        remedy = f"Delete {folder}. {REMEDY}"
-        raise InputError(f"{path} is damaged: {describe(error)}. {remedy}") from error
+        why = f"damaged, or of a run that was killed ({describe(error)})"
+        remedy = f"Repeat that run, or delete {folder}. {REMEDY}"
+        raise InputError(f"{path} is {why}. {remedy}") from error
     if "file" in spec:
         spec["file"] = str(Path(folder, spec["file"]).resolve())  # it moves with the data
     return meta
@@ -1052,10 +1053,8 @@ class Encoding(tiktoken.Encoding):
     """tiktoken's, but decode passes over an id that stands for nothing."""
 
     def encode_batch(self, texts, pool):
-        return pool.map(self.encode_to_array, texts)  # without Python's lock, so on all cores
-
-    def encode_to_array(self, text):
-        return self.encode_to_numpy(text, disallowed_special=())
+        # tiktoken lets go of Python's lock, so this is done on all cores.
+        return pool.map(partial(self.encode_to_numpy, disallowed_special=()), texts)
 
     def decode(self, tokens, errors="replace"):
         parts = []
@@ -1239,8 +1238,8 @@ def problem(rng, wrong=False):
     question = rng.choice(STARTS).format(a=value, **fill)
     n_steps = rng.choice((1, 1, 1, 2, 2, 3))
     slip = rng.randrange(n_steps) if wrong else n_steps
-    right_part = ""
-    wrong_part = ""
+    worked = ""
+    n_right = 1000  # characters of it up to the slip
     for i in range(n_steps):
         ways = {"+": rng.randint(1, 20), "-": rng.randint(1, min(20, max(1, right - 1)))}
         if right <= 20:
@@ -1250,28 +1249,18 @@ def problem(rng, wrong=False):
             ways["/"] = rng.choice(parts)
         sign, b = rng.choice([*ways.items()])
         question += " " + rng.choice(VERBS[sign]).format(b=b, **fill)
-        step = f" {value}{sign}{b}=<<{value}{sign}{b}="
+        worked += f" {value}{sign}{b}=<<{value}{sign}{b}="
         before = value
         value = APPLY[sign](before, b)
         right = APPLY[sign](right, b)
         if i == slip:
             value = a_slip(rng, before, sign, b, value)
-        result = f"{value}>>{value}."
-        # The step with the slip is right up to its result.
-        if i < slip:
-            right_part += step + result
-        elif i == slip:
-            right_part += step
-            wrong_part += result
-        else:
-            wrong_part += step + result
-    final = f"\n#### {value}\n"
-    if wrong:
-        wrong_part += final
-    else:
-        right_part += final
+            n_right = len(worked)
+        worked += f"{value}>>{value}."
+    worked += f"\n#### {value}\n"
     question += " " + rng.choice(ASKS).format(**fill)
-    return question, [(f"Question: {question}\nAnswer:{right_part}", 0), (wrong_part, 1)]
+    asked = f"Question: {question}\nAnswer:"
+    return question, [(asked + worked[:n_right], 0), (worked[n_right:], 1)]
 
 
 def dirt(rng, towns):
@@ -1382,10 +1371,8 @@ def prepare_demo(
             meta["tokens"][name] = len(tokens)
             meta["documents"][name] = int((tokens == spec["eot"]).sum())
         np.savez(work / "kinds.npz", **kinds)
-        questions = {}
-        for question, segments in held.items():
-            questions[question] = segments[0][0].partition("\nAnswer: ")[2]
-        write_questions(work, questions)
+        answers = [segments[0][0].partition("\nAnswer: ")[2] for segments in held.values()]
+        write_questions(work, dict(zip(held, answers, strict=True)))
         pairs = demo_pairs(random.Random(seed + 3), held, n_sft)
         write_answers(work, pairs, encoding, meta)
         publish(work, folder, meta)
@@ -1588,14 +1575,12 @@ def check_flags(args):
     if bool(args.files) != bool(args.train_tokenizer):
         raise InputError(f"--train_tokenizer SIZE goes with FILES; got {args.files}")
     text = args.recipe or args.reference or args.corpus
-    if (args.val or args.sft or args.questions) and not text:
-        raise InputError("--val, --sft and --questions go with --reference and --corpus")
-    if args.dry_run and not text:
-        raise InputError("--dry_run goes with --reference and --corpus")
-    if text and not args.recipe:
-        for role in ("reference", "corpus"):
-            if not getattr(args, role):
-                raise InputError(f"--{role} PATH is missing")
+    for flag in ("val", "sft", "questions", "dry_run"):
+        if getattr(args, flag) and not text:
+            raise InputError(f"--{flag} goes with --reference and --corpus")
+    for flag in ("reference", "corpus"):
+        if text and not args.recipe and not getattr(args, flag):
+            raise InputError(f"--{flag} PATH is missing")
 
 
 def run(args, command):
