@@ -4,208 +4,49 @@
     python results/faults.py --part fuzz     one of kills, fuzz, damage, full_disk, writers, memory
     python results/faults.py --quick         a few of each, in seconds; writes nothing
 
-Each part ends as a row of results/faults.jsonl: what was tried, what was right, and in `failed`,
-in words, what was not. Everything happens in a temporary folder, with tiny models, one thread and
-a seed. The commands are the real scripts with the real signals, in forks of this process: so a
-kill falls into their work, and not into two seconds of imports. Linux only.
+Each part ends as a row of results/faults.jsonl: what was tried, what ended right, and in `failed`,
+in words, what did not. All happens in a temporary folder, with tiny models, one thread and a seed.
+ground.py runs the commands, hostile.py makes the inputs. Linux only.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import random
 import re
-import resource
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  (torch imports it late: here it is once for all forks)
-from tqdm import tqdm  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import hostile  # noqa: E402
-
-import eval_math  # noqa: E402, F401
-import rho  # noqa: E402, F401
-from model import load_checkpoint  # noqa: E402
-from prepare_data import get_tokenizer, load_meta, prepare_demo  # noqa: E402
-
-SEED = 1337
-TINY = (
-    "--data data --out out --device cpu --n_layer 1 --n_head 2 --n_kv_head 1 --n_embd 16 "
-    "--n_inner 32 --block_size 64 --batch_size 4 --micro_batch 4 --eval_windows 2 --questions 4 "
+from ground import (  # noqa: E402
+    KILLED,
+    SEED,
+    TINY,
+    TRAIN,
+    Ground,
+    Job,
+    Running,
+    contents,
+    last_line,
+    one_line,
 )
-# A checkpoint every 30 ms, besides those of the evaluations.
-TRAIN = TINY + "--tokens 16000 --ref_tokens 8000 --evals 4 --save_minutes 0.0005 "
-PREPARE = "--reference text/ref.jsonl --corpus text/train.jsonl --questions text/questions.jsonl "
-PREPARE += "--tokenizer data/meta.json --val_docs 20 --out mine "
 
-
-# ---- running a command, and comparing how two runs ended ----------------------------------------
-
-
-@dataclass
-class Job:
-    """A command, as one would type it in the place."""
-
-    script: str
-    flags: str
-
-    @property
-    def name(self):
-        return f"{Path(self.script).name} {self.flags.replace(TINY, '')[:60]}"
-
-
-KILLED = {
-    "prepare": Job("prepare_data.py", PREPARE),
-    "score": Job("rho.py", TINY + "--stage score --tokens 24000 --micro_batch 1"),
-    "clm": Job("rho.py", TRAIN + "--stage clm"),
-    "slm": Job("rho.py", TRAIN + "--stage slm"),
-    "eval": Job("eval_math.py", "--ckpt out/ref.pt --data data --batch_size 8 --device cpu"),
-}
-
-
-def run_script(job, place, said, limit):
-    """What the forked process does: the script, as `python SCRIPT FLAGS` would run it."""
-    # The lock of tqdm is shared among forks, and a killed one would never release it.
-    tqdm.set_lock(threading.RLock())
-    torch.set_num_threads(1)
-    os.chdir(place)
-    sys.stdout = Path(os.devnull).open("w")
-    sys.stderr = Path(said).open("w", buffering=1)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    script = str(ROOT / job.script)
-    sys.argv = [script, *job.flags.split()]
-    runpy.run_path(script, run_name="__main__")
-
-
-class Running:
-    """A command that has been started in a place."""
-
-    def __init__(self, job, place, limit=None):
-        number, self.said_path = tempfile.mkstemp(dir=place.parent)
-        os.close(number)
-        fork = multiprocessing.get_context("fork")
-        arguments = (job, place, self.said_path, limit)
-        self.process = fork.Process(target=run_script, args=arguments)
-        self.process.start()
-
-    def end(self, after=None, number=signal.SIGKILL):
-        """(status, stderr), once it has ended; it gets a signal `after` so many seconds."""
-        self.process.join(after)
-        if self.process.is_alive():
-            os.kill(self.process.pid, number)
-        self.process.join(120)
-        said = Path(self.said_path).read_text()
-        os.unlink(self.said_path)
-        return self.process.exitcode, said
-
-
-def run(job, place, **how):
-    return Running(job, place, **how).end()
-
-
-def one_line(said):
-    """The only line that a command wrote to stderr, bars of progress apart; "" if not one."""
-    without_bars = re.sub(r"[^\r\n]*\[\d\d:\d\d[^\]\r\n]*\]", "", said)
-    lines = [line.strip() for line in without_bars.splitlines() if line.strip()]
-    if len(lines) != 1 or "Traceback" in said:
-        return ""
-    return lines[0]
-
-
-UNEQUAL = ("seconds", "eval_seconds", "commit")  # may differ between two equal runs
-
-
-def text_of(value):
-    """A checkpoint or log as text: equal texts, equal bits."""
-    if isinstance(value, dict):
-        return str({k: text_of(inner) for k, inner in value.items() if k not in UNEQUAL})
-    if isinstance(value, list):
-        return str([text_of(inner) for inner in value])
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {sha256(value.numpy().tobytes()).hexdigest()}"
-    return repr(value)
-
-
-def content(path):
-    if path.suffix == ".pt":
-        return text_of(load_checkpoint(path))
-    if path.suffix == ".jsonl":
-        return text_of([json.loads(line) for line in path.read_text().splitlines()])
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def contents(place, but=""):
-    """{file: what is in it} of all files in a place. What is half-written cannot be read."""
-    found = {}
-    for path in sorted(place.rglob("*")):
-        name = str(path.relative_to(place))
-        if path.is_file() and name != but:
-            found[name] = content(path)
-    return found
-
-
-class Ground:
-    """What the commands start from: text, tiny data, a reference, data of an earlier run."""
-
-    def __init__(self, folder):
-        self.base = Path(folder, "base")
-        self.place = Path(folder, "place")
-        text = self.base / "text"
-        text.mkdir(parents=True)
-        prepare_demo(self.base / "data", SEED, n_ref=300, n_train=24_000, vocab=300)
-        encoding = get_tokenizer(load_meta(self.base / "data")["tokenizer"])
-        shutil.copy(self.base / "data/questions.jsonl", text)
-        for split in ("ref", "train"):
-            tokens = np.fromfile(self.base / f"data/{split}.bin", np.uint16)
-            documents = encoding.decode(tokens).split("<|endoftext|>")[1:]
-            rows = [json.dumps({"text": document}) for document in documents]
-            (text / f"{split}.jsonl").write_text("\n".join(rows))
-        # Written here, it would name the temporary folder.
-        self.make(Job("prepare_data.py", PREPARE + "--seed 1"))
-        self.make(Job("rho.py", TRAIN + "--stage ref"))
-
-    def make(self, job):
-        status, said = run(job, self.base)
-        if status:
-            raise RuntimeError(f"{job.name}: {said}")
-
-    def fresh(self):
-        shutil.rmtree(self.place, ignore_errors=True)
-        shutil.copytree(self.base, self.place)
-        return self.place
-
-    def undisturbed(self, job):
-        """(contents at the end, seconds) of a run that nothing happens to."""
-        place = self.fresh()
-        start = time.time()
-        status, said = run(job, place)
-        seconds = time.time() - start
-        if status:
-            raise RuntimeError(f"{job.name}: {said}")
-        return contents(place), seconds
-
+from model import load_checkpoint  # noqa: E402
 
 # ---- kills ---------------------------------------------------------------------------------------
 
@@ -217,7 +58,7 @@ def kills(ground, rng, quick, jobs=KILLED):
     for job in jobs.values():
         wanted, seconds = ground.undisturbed(job)
         n_kills = 0
-        while n_kills < (1 if quick else 20):
+        while n_kills < (1 if quick else 21):
             place = ground.fresh()
             for _ in range(rng.randint(1, 3)):
                 status, _ = Running(job, place).end(rng.uniform(0, seconds))
@@ -226,16 +67,16 @@ def kills(ground, rng, quick, jobs=KILLED):
             if ends_as(wanted, job, place):
                 row["bit_identical"] += 1
             else:
-                failed.append(f"after kill -9: {job.name}")
+                failed.append(f"after kill -9: {job}")
         row["kills"] += n_kills
-        for number in [signal.SIGINT, signal.SIGTERM] * (0 if quick else 3):
+        for number in [signal.SIGINT, signal.SIGTERM] * (1 if quick else 4):
             polite_end(ground, job, number, rng.uniform(0.4, 0.9) * seconds, wanted, row, failed)
     return dict(row), failed
 
 
 def ends_as(wanted, job, place):
     """Whether the command runs to its end, and leaves what the undisturbed run left."""
-    status, _ = run(job, place)
+    status, _ = Running(job, place).end()
     return status == 0 and contents(place) == wanted
 
 
@@ -250,7 +91,7 @@ def polite_end(ground, job, number, after, wanted, row, failed):
     if ends_as(wanted, job, place) and in_one_line:
         row["one_line_and_resumed"] += 1
     else:
-        failed.append(f"{number.name}: {job.name}: status {status}, {said[-200:]!r}")
+        failed.append(f"{number.name}: {job}: status {status}, {last_line(said)}")
 
 
 # ---- hostile inputs ------------------------------------------------------------------------------
@@ -290,42 +131,29 @@ def damage(ground, rng, quick):
     Either one line with status 2 names the file, or the damage does not matter: the command ends
     as without it. Logs and stored losses have no checksum: there it is enough that it ends.
     """
-    for stage in ("clm", "slm"):
-        ground.make(KILLED[stage])
+    ground.add(KILLED["clm"])
+    ground.add(KILLED["slm"])
     row = Counter(damaged=0, refused_in_one_line=0, ran_right=0)
     failed = []
-    ends = {}
     for name in sorted(contents(ground.base)):
         job, has_checksum = reader_of(name)
         if job is None or (quick and rng.random() < 0.8):
-            continue
-        if job.name not in ends:
-            ends[job.name], _ = ground.undisturbed(job)
+            continue  # text of the user's own
+        wanted, _ = ground.undisturbed(job)
         whole = (ground.base / name).read_bytes()
-        for how, damaged in ways_to_damage(rng, whole).items():
+        for how, damaged in hostile.ways_to_damage(rng, whole).items():
             place = ground.fresh()
             (place / name).write_bytes(damaged)
-            status, said = run(job, place)
+            status, said = Running(job, place).end()
             row["damaged"] += 1
             # A score file's line names the scores, not the file of their checksum.
             if status == 2 and Path(name).name.removesuffix(".sha256") in one_line(said):
                 row["refused_in_one_line"] += 1
-            elif status == 0 and (not has_checksum or same_but(name, place, ends[job.name])):
+            elif status == 0 and (not has_checksum or same_but(name, place, wanted)):
                 row["ran_right"] += 1
             else:
-                failed.append(f"{name} {how}: {job.name}: status {status}, {said[-200:]!r}")
+                failed.append(f"{name} {how}: {job}: status {status}, {last_line(said)}")
     return dict(row), failed
-
-
-def ways_to_damage(rng, whole):
-    flipped = bytearray(whole)
-    flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-    return {
-        "cut short": whole[: rng.randrange(1, len(whole))],
-        "emptied": b"",
-        "with a bit flipped": bytes(flipped),
-        "garbage": rng.randbytes(len(whole)),
-    }
 
 
 def same_but(name, place, wanted):
@@ -349,7 +177,8 @@ def full_disk(ground, rng, quick):
         largest = max((ground.place / name).stat().st_size for name in written or ["out/ref.pt"])
         for _ in range(1 if quick else 5):
             place = ground.fresh()
-            status, said = run(job, place, limit=int(rng.uniform(0.05, 0.95) * largest))
+            limit = int(rng.uniform(0.05, 0.7) * largest)
+            status, said = Running(job, place, limit).end()
             if status == 0:
                 continue  # no file of this size was written
             left = {path.name for path in place.rglob("*.tmp")}
@@ -362,7 +191,7 @@ def full_disk(ground, rng, quick):
             row["old_files_intact"] += intact
             row["ends_right"] += right
             if not (named and intact and right):
-                failed.append(f"{job.name}: {named, intact, right}, {status}, {said[-200:]!r}")
+                failed.append(f"{job}: {named, intact, right}, {status}, {last_line(said)}")
     return dict(row), failed
 
 
@@ -391,7 +220,7 @@ def writers(ground, rng, quick):
                 row["pairs"] += 1
                 row["one_refused_one_right"] += right
             if not right:
-                failed.append(f"{job.name}: {ends}, the same at the end: {same}")
+                failed.append(f"{job}: {ends}, the same at the end: {same}")
     return dict(row), failed
 
 
@@ -404,32 +233,42 @@ def anonymous_mb(pid):
     return int(re.search(r"^Anonymous: +(\d+) kB", rollup, re.MULTILINE)[1]) / 1024
 
 
-def memory(ground, rng, quick):
-    """A long run with an evaluation each thousand steps: is its memory flat from a tenth on?"""
-    length = 4 if quick else 20 * 60
-    place = ground.fresh()
-    long = TINY + "--stage slm --tokens 1e9 --evals 4000 --save_minutes 0.5 "
-    command = [sys.executable, str(ROOT / "rho.py"), *long.split()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=place, **quiet)
+def watch(pid, seconds):
+    """(hours, MB of anonymous memory) of a process, 200 times over so many seconds."""
     start = time.time()
     hours, sizes = [], []
-    while time.time() < start + length and process.poll() is None:
-        time.sleep(length / 240)
-        if time.time() > start + max(length / 10, 3):
-            hours.append((time.time() - start) / 3600)
-            sizes.append(anonymous_mb(process.pid))
-    process.terminate()
-    status = process.wait()
+    for _ in range(200):
+        time.sleep(seconds / 200)
+        hours.append((time.time() - start) / 3600)
+        sizes.append(anonymous_mb(pid))
+    return hours, sizes
+
+
+def flatness(hours, sizes):
     mean = sum(sizes) / len(sizes)
-    row = {
-        "minutes": length / 60,
-        "samples": len(sizes),
-        "steps": load_checkpoint(place / "out/slm.pt")["step"],
+    return {
         "mean_mb": round(mean, 1),
         "spread": round((max(sizes) - min(sizes)) / mean, 4),
-        "slope_mb_per_hour": round(np.polyfit(hours, sizes, 1)[0], 3),
+        "mb_per_hour": round(np.polyfit(hours, sizes, 1)[0], 3),
     }
+
+
+def memory(ground, rng, quick):
+    """20 minutes of training, an evaluation each thousand steps and a checkpoint each second:
+    is its memory flat within 2 % after the first two minutes?"""
+    place = ground.fresh()
+    flags = TINY + "--stage slm --tokens 1e9 --evals 4000 --save_minutes 0.02"
+    command = [sys.executable, str(ROOT / "rho.py"), *flags.split()]
+    # A process by itself: a fork would have our memory too.
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL)
+    while not (place / "out/slm.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(0 if quick else 120)
+    hours, sizes = watch(process.pid, 1 if quick else 18 * 60)
+    process.terminate()
+    status = process.wait()
+    steps = load_checkpoint(place / "out/slm.pt")["step"]
+    row = {"minutes": round(60 * hours[-1], 1), "steps": steps, **flatness(hours, sizes)}
     failed = []
     if row["spread"] > 0.02 or status != 128 + signal.SIGTERM:
         failed.append(f"not flat within 2 %, or status {status}")
@@ -446,6 +285,7 @@ def measure(name, quick):
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         row, failed = PARTS[name](Ground(folder), random.Random(SEED), quick)
+        failed = [text.replace(folder, "") for text in failed]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     return {
