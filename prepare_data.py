@@ -117,7 +117,8 @@ def prepare_text(args, sources, command):
 
         val_corpus = {}
         corpus = clean(read_role(sources, "corpus", args), index, report)
-        limit = characters_of(args.max_tokens, sources)
+        counts = total_counts(sources, "reference")
+        limit = (args.max_tokens or math.inf) * counts["characters"] / counts["tokens"]
         corpus = hold_out(corpus, val_corpus, VAL_CORPUS, args.seed, val, limit)
         write_split(work, "train", corpus, encoding, meta, args.max_tokens)
         write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
@@ -141,14 +142,6 @@ def read_questions(sources, args):
         question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
         questions[question] = answer[0].strip() if answer else ""
     return questions
-
-
-def characters_of(tokens, sources):
-    """About how many characters a number of tokens is, going by the reference."""
-    if not tokens:
-        return math.inf
-    counts = total_counts(sources, "reference")
-    return tokens * counts["characters"] / counts["tokens"]
 
 
 def check_enough(sources, role, splits, meta):
@@ -282,17 +275,16 @@ def find_files(path, counts):
         return [path] if path.exists() and readable(path) else []
     about = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")
     found = []
-    for folder, folders, names in os.walk(path):
-        hidden = [name for name in [*folders, *names] if name.startswith(".")]
-        counts["hidden"] += len(hidden)
-        for name in set(names) - set(hidden):
-            file = Path(folder, name)
-            if readable(file) and name.lower() not in about:
-                found.append(file)
-            else:
-                counts["ignored"] += 1
-        folders[:] = set(folders) - set(hidden)  # where os.walk goes on
-    return sorted(found)
+    for file in sorted(path.rglob("*")):
+        if not file.is_file():
+            continue
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            counts["hidden"] += 1
+        elif readable(file) and file.name.lower() not in about:
+            found.append(file)
+        else:
+            counts["ignored"] += 1
+    return found
 
 
 def check_files_once(source, seen, out):
@@ -379,10 +371,6 @@ def blocks_of(text, overlap=0):
         yield text[i : i + BATCH + overlap]
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
-BAD_ROW = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-
-
 def read_file(path, source, args):
     """Yield the Documents of a file, or of a set on the hub, and count its rows.
 
@@ -399,7 +387,7 @@ def read_file(path, source, args):
                 segments = row_segments(row, source.fields)
                 if source.role == "sft" and not any(is_answer for _, is_answer in segments):
                     raise ValueError("--sft needs QUESTION,ANSWER or a chat")
-            except BAD_ROW as error:
+            except Exception as error:
                 if args.skip_bad:
                     source.counts["skipped"] += 1
                     continue
@@ -407,7 +395,8 @@ def read_file(path, source, args):
                 helps = number > 1 or not isinstance(error, InputError)
                 remedy = "; --skip_bad skips such rows" if helps else ""
                 raise InputError(f"{place}: {describe(error)}{remedy}") from error
-            text = SURROGATE.sub("?", "".join(text for text, _ in segments))
+            # Half a character (a surrogate) is one that no tokenizer takes.
+            text = re.sub("[\ud800-\udfff]", "?", "".join(text for text, _ in segments))
             yield Document(text, source, place, segments, used)
     except InputError:
         raise
@@ -602,7 +591,7 @@ def hub_rows(source):
             failures += 1
             lasting = isinstance(error, (FileNotFoundError, PermissionError, InputError))
             if lasting or failures > RETRIES:
-                remedy = "No network? Give files: --reference PATH --corpus PATH"
+                remedy = "No network? Give --reference PATH --corpus PATH"
                 raise InputError(f"{source.name}: {describe(error)}. {remedy}") from error
             time.sleep(2**failures / 4)
 
