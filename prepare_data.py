@@ -242,7 +242,7 @@ def split_argument(argument, fields):
     """
     path = os.path.expanduser(argument)
     weight = 1.0
-    has_weight = re.fullmatch(r"(.+):(-?[0-9.]+|nan|inf)", path, re.DOTALL)
+    has_weight = re.fullmatch(r"(.+):(-?[0-9]*\.?[0-9]+|nan|inf)", path, re.DOTALL)
     if has_weight and not os.path.exists(path):
         path = has_weight[1]
         weight = float(has_weight[2])
@@ -257,22 +257,20 @@ def split_argument(argument, fields):
 
 
 def ending(path):
-    """(".jsonl", ".gz") of a/b.JSONL.gz: how it is read, and how it is packed."""
+    """How a file is read and packed: (".jsonl", ".gz") of b.JSONL.gz, ("", "") if it is not."""
     name = Path(path.name.lower())
-    if name.suffix in PACKED:
-        return Path(name.stem).suffix, name.suffix
-    return name.suffix, ""
-
-
-def readable(path):
-    kind, packed = ending(path)
-    return kind in TEXT_ENDINGS or (kind in TABLE_ENDINGS and not packed)
+    if name.suffix in TABLE_ENDINGS or name.suffix in TEXT_ENDINGS:
+        return name.suffix, ""
+    kind = Path(name.stem).suffix
+    if name.suffix in PACKED and kind in TEXT_ENDINGS:
+        return kind, name.suffix
+    return "", ""
 
 
 def find_files(path, counts):
     """The files of a PATH that can be read, sorted. The others in a folder are counted."""
     if not path.is_dir():
-        return [path] if path.exists() and readable(path) else []
+        return [path] if path.exists() and ending(path)[0] else []
     about = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")
     found = []
     for file in sorted(path.rglob("*")):
@@ -280,7 +278,7 @@ def find_files(path, counts):
             continue
         if any(part.startswith(".") for part in file.relative_to(path).parts):
             counts["hidden"] += 1
-        elif readable(file) and file.name.lower() not in about:
+        elif ending(file)[0] and file.name.lower() not in about:
             found.append(file)
         else:
             counts["ignored"] += 1
@@ -291,7 +289,7 @@ def check_files_once(source, seen, out):
     """InputError for a file that comes twice, packed or not, and for one that --out overwrites."""
     for file in source.files:
         real = os.path.realpath(file)
-        unpacked = real.removesuffix(ending(file)[1])
+        unpacked = re.sub(r"\.(gz|xz|zst)$", "", real, flags=re.IGNORECASE)
         where = f"--{source.role} {source.name}: {file}"
         if unpacked in seen:
             raise InputError(f"{where} is the same text as {seen[unpacked]}: leave one out")
@@ -316,13 +314,12 @@ class Document:
 
 def read_role(sources, role, args):
     """All Documents of a role, its files read in step: a prefix of them is a fair sample."""
-    chosen = of_role(sources, role)
     lanes = []
-    for source in chosen:
+    for source in of_role(sources, role):
         files = source.files or [Path(source.name)]
         for i in range(min(LANES, len(files))):
             lanes.append(read_lane(source, files[i::LANES], args))
-    slowest = min([source.weight for source in chosen], default=1)
+    slowest = min([source.weight for source in of_role(sources, role)], default=1)
     for document in heapq.merge(*lanes, key=lambda document: document.progress):
         source = document.source
         # From here on it goes from 0 to 1, or is 0 where it is not known.
@@ -358,10 +355,10 @@ def try_sources(sources, args):
     first = []
     for source in sources:
         trial = replace(source, counts=Counter())
-        documents = [Document("")]
+        documents = []
         for file in source.files or [Path(source.name)]:
             documents += islice(read_file(file, trial, args), 1)
-        first.append(documents[:2][-1])
+        first += documents[:1] or [Document("")]
     return first
 
 
@@ -449,20 +446,6 @@ class SlowFile(io.FileIO):
         return super().read(min(size, 4096))
 
 
-def unpack(raw, packed):
-    """The stream inside a file. One that is cut short raises when it is read."""
-    if packed == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if packed == ".xz":
-        return lzma.LZMAFile(raw)
-    if packed == ".zst":
-        import pyarrow  # comes with datasets; unlike others it refuses half a frame
-
-        stream = pyarrow.PythonFile(raw, mode="r")
-        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
-    return raw
-
-
 class TextFile:
     """A text file, unpacked, if it is UTF-8; `used` is the share of it that has been read."""
 
@@ -476,8 +459,8 @@ class TextFile:
         size = os.path.getsize(self.path)
         end = 0.0
         with SlowFile(self.path) as raw:
-            packed = ending(self.path)[1]
-            stream = io.TextIOWrapper(unpack(raw, packed), "utf-8-sig", errors="replace")
+            unpacked = unpack(raw, ending(self.path)[1])
+            stream = io.TextIOWrapper(unpacked, "utf-8-sig", errors="replace")
             while block := stream.read(4 * PIECE):
                 block += stream.readline(longest)
                 self.check(block)
@@ -501,6 +484,20 @@ class TextFile:
         if replaced > len(block) / 100:
             remedy = "if it is Latin-1: iconv -f LATIN1 -t UTF-8"
             raise InputError(f"{self.path} is not UTF-8; {remedy}")
+
+
+def unpack(raw, packed):
+    """The stream inside a file. One that is cut short raises when it is read."""
+    if packed == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if packed == ".xz":
+        return lzma.LZMAFile(raw)
+    if packed == ".zst":
+        import pyarrow  # comes with datasets; unlike others it refuses half a frame
+
+        stream = pyarrow.PythonFile(raw, mode="r")
+        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
+    return raw
 
 
 def pieces(lines, separator):
@@ -607,38 +604,38 @@ def row_segments(row, fields):
         return [(row, False)]
     if not isinstance(row, dict):
         raise TypeError(f"a {type(row).__name__}, not a row with fields")
-    names = fields.split(",") if fields else [name for name in CHATS if name in row]
+    if fields:
+        names = fields.split(",")
+    else:
+        row = {name.lower(): value for name, value in row.items() if value not in (None, "")}
+        names = usual_fields(row)
     if len(names) == 1:
         value = row.get(names[0])
         if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
             return chat(value)
         return [(plain_text(row, names[0]), False)]
-    if names:
-        question = plain_text(row, names[0])
-        answer = plain_text(row, names[-1])
-        if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an instruction's input
-            question += "\n" + plain_text(row, names[1])
-    else:
-        question, answer = usual_pair(row)
+    question = plain_text(row, names[0])
+    if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an instruction's input
+        question += "\n" + plain_text(row, names[1])
+    if not fields and "body" in row:  # SVAMP's: the story apart from the question
+        question = plain_text(row, "body").strip().removesuffix(".") + ". " + question
     segments = [(f"Question: {question}\nAnswer:", False)]
-    if answer is not None:
-        segments.append((f" {answer}", True))
+    if names[-1]:
+        segments.append((f" {plain_text(row, names[-1])}", True))
     return segments
 
 
-def usual_pair(row):
-    """(question, answer or None) of a row in one of the usual forms, those of eval_math.py."""
-    filled = {key.lower(): value for key, value in row.items() if value not in (None, "")}
-    questions = [name for name in QUESTIONS if name in filled]
-    answers = [name for name in ANSWERS if name in filled]
+def usual_fields(row):
+    """[a chat], or [question, input, answer] with "" where there is none, as in eval_math.py."""
+    chats = [name for name in CHATS if name in row]
+    questions = [name for name in QUESTIONS if name in row]
+    answers = [name for name in ANSWERS if name in row]
+    if chats:
+        return chats[:1]
     if not questions:
         raise missing_field("question", row)
-    question = plain_text(filled, questions[0])
-    if questions[0] == "instruction" and "input" in filled:
-        question += "\n" + plain_text(filled, "input")
-    if "body" in filled:  # SVAMP's: the story apart from the question
-        question = plain_text(filled, "body").strip().removesuffix(".") + ". " + question
-    return question, plain_text(filled, answers[0]) if answers else None
+    extra = "input" if questions[0] == "instruction" else ""
+    return [questions[0], extra, *(answers[:1] or [""])]
 
 
 def plain_text(row, name):
@@ -1063,14 +1060,14 @@ class FileTokenizer:
     """
 
     def __init__(self, spec):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise InputError('a tokenizer.json needs: pip install "rho[hf]"') from error
         if file_digest(spec["file"]) != spec["sha256"]:
             raise InputError(f"{spec['file']} has changed since it was used (sha256). {REMEDY}")
         try:
+            from tokenizers import Tokenizer
+
             self.tokenizer = Tokenizer.from_file(spec["file"])
+        except ImportError as error:
+            raise InputError('a tokenizer.json needs: pip install "rho[hf]"') from error
         except Exception as error:  # the package raises nothing more precise
             raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
         self.tokenizer.encode_special_tokens = True  # as the text that they are
