@@ -145,22 +145,18 @@ def read_questions(sources, args):
 
 
 def check_enough(sources, role, splits, meta):
-    """InputError if one of these splits has too little text, with the reason and its remedy."""
-    remedies = {
-        "contaminated": "--keep_contaminated keeps them",
-        "skipped": "look at one without --skip_bad",
-        "duplicates": "they are copies of held-out text",
-        "empty": "is their text in another --field?",
-    }
+    """InputError if one of these splits has too little text; it says what became of the rows."""
     for split in splits:
         if split == "val" and of_role(sources, "val"):
             role = "val"
         counts = total_counts(sources, role)
-        reasons = [f"{counts[key]:,} {key}: {remedies[key]}" for key in remedies if counts[key]]
-        why = ", ".join(reasons) or "give more text"
+        lost = [key for key in ("contaminated", "skipped", "duplicates", "empty") if counts[key]]
+        rows = ", ".join(f"{counts[key]:,} {key}" for key in ["rows", *lost])
         if meta["tokens"][split] < 100:
-            have = f"{meta['tokens'][split]} tokens of {counts['rows']:,} rows for {split}.bin"
-            raise InputError(f"--{role}: too little text, {have}; {why}")
+            remedy = (
+                "--keep_contaminated keeps those" if "contaminated" in lost else "give more text"
+            )
+            raise InputError(f"--{role}: too little text for {split}.bin: {rows}; {remedy}")
 
 
 def preview(sources, args):
@@ -458,12 +454,19 @@ class TextFile:
         """Yield its lines, a longer one in parts."""
         size = os.path.getsize(self.path)
         end = 0.0
+        characters = 0
+        replaced = 0
         with SlowFile(self.path) as raw:
             unpacked = unpack(raw, ending(self.path)[1])
             stream = io.TextIOWrapper(unpacked, "utf-8-sig", errors="replace")
             while block := stream.read(4 * PIECE):
                 block += stream.readline(longest)
-                self.check(block)
+                characters += len(block)
+                replaced += block.count("\ufffd")
+                self.counts["replaced"] += block.count("\ufffd")
+                if "\0" in block or replaced > characters / 100:
+                    remedy = "if it is UTF-16 or Latin-1: iconv -f UTF-16 (or LATIN1) -t UTF-8"
+                    raise InputError(f"{self.path} is not UTF-8, or has NUL bytes; {remedy}")
                 # An archive is unpacked in large blocks: inside one, all text counts alike.
                 begin = end
                 end = raw.tell() / size
@@ -474,16 +477,6 @@ class TextFile:
                     self.used = begin + (end - begin) * stop / len(block)
                     yield block[start:stop]
                     start = stop
-
-    def check(self, block):
-        """What is not UTF-8 was replaced by U+FFFD: count it. InputError if it is too much."""
-        replaced = block.count("\ufffd")
-        self.counts["replaced"] += replaced
-        if "\0" in block:
-            raise InputError(f"{self.path}: NUL bytes; if it is UTF-16: iconv -f UTF-16 -t UTF-8")
-        if replaced > len(block) / 100:
-            remedy = "if it is Latin-1: iconv -f LATIN1 -t UTF-8"
-            raise InputError(f"{self.path} is not UTF-8; {remedy}")
 
 
 def unpack(raw, packed):

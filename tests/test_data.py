@@ -754,7 +754,7 @@ def test_too_little_text_says_why(text, capsys):
     write_jsonl("q.jsonl", [{"question": LONG}])
     few = ["--corpus", write_jsonl("few.jsonl", [LONG] * 30)]
     line = refused(capsys, *flags[:2], *few, "--questions", "q.jsonl")
-    assert "30 contaminated: --keep_contaminated" in line
+    assert "30 rows, 30 contaminated; " in line and "--keep_contaminated" in line
     Path("few.jsonl").write_text("{bad\n" * 40)
     assert "40 skipped" in refused(capsys, *flags[:2], *few, "--skip_bad")
     assert "9 empty" in refused(capsys, *flags[:2], *few[:1], write_jsonl("few.jsonl", [""] * 9))
