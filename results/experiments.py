@@ -105,6 +105,15 @@ VARIANTS = {  # the change in results/variants/NAME.diff: (what it does, flags)
 SELF_RULES = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
 SELF_RATIOS = [0.6, 0.7, 0.8]
 
+SFT_RATE = "7.5e-4"
+SFT_RATES = ["2.5e-4", "2.25e-3"]  # of plain fine-tuning, besides the one above
+SFT_RUN = "sft-all"  # plain fine-tuning: what the others are compared with
+SFT_ARMS = {  # run: (label, flags)
+    SFT_RUN: ("all answer tokens", ""),
+    "sft-excess": ("excess, 60 %", "--select excess --ratio 0.6"),
+    "sft-random": ("random, 60 %", "--select random --ratio 0.6"),
+}
+
 REAL_LEARNING_RATES = ["5e-4", "1e-3", "2e-3", "4e-3"]
 REAL_LEARNING_RATE = "2e-3"  # the best of them for CLM
 TASKS = ["singleop", "addsub"]  # of MAWPS: the easiest word problems there are
@@ -255,6 +264,21 @@ def variants_commands():
         yield " && ".join(line)
 
 
+def sft_commands():
+    """A CLM run, then fine-tuning from it on questions with answers, by three rules."""
+    for seed in SEEDS:
+        tuned = f"--stage sft --init out/seed{seed}/sft-base.pt {SHORT}"
+        runs = [rho("sft-base", f"--stage clm --tokens 900000 {SHORT}", seed)]
+        for run, (_, flags) in SFT_ARMS.items():
+            if "excess" in flags:
+                flags += f" --reference out/seed{seed}/ref.pt"
+            runs.append(rho(run, f"{tuned} --lr {SFT_RATE} {flags}".strip(), seed))
+        if seed == 1:
+            for rate in SFT_RATES:
+                runs.append(rho(f"sft-lr{rate}", f"{tuned} --lr {rate}", seed))
+        yield " && ".join(runs)
+
+
 def real_rho(seed, name, flags):
     """One run on real text; every one goes on from the base model."""
     same = "--data data/real --init out/real/base.pt --block_size 256 --questions 0"
@@ -321,6 +345,7 @@ DEMO = {
     "dynamics": dynamics_commands,
     "self": self_commands,
     "variants": variants_commands,
+    "sft": sft_commands,
 }
 REAL = {
     "real-text": real_text_commands,
@@ -329,39 +354,6 @@ REAL = {
     "real-arms": real_commands,
 }
 GROUPS = {"demo": DEMO, "real": REAL}
-
-
-# The tables whose rows are runs at the demo's length, set beside CLM's: what is said above the
-# rows, and {table: {row: run}}.
-HEADERS = {"ratio": "selected", "scope": "top k over", "self": "kept", "variants": "rule"}
-SWEEPS = {
-    "ratio": {
-        "100 % (CLM)": CLM_RUN,
-        **{f"{100 * ratio:.0f} %": f"ratio-{ratio}" for ratio in (0.8, 0.7, 0.6, 0.5, 0.4, 0.2)},
-        **{f"excess above {nats}": f"threshold-{nats}" for nats in THRESHOLDS},
-    },
-    "scope": {
-        "a window": "scope-1",
-        "2 windows": "scope-2",
-        "4 windows": "scope-4",
-        "8 windows (batch)": SLM_RUN,
-    },
-    "self": {
-        "CLM": CLM_RUN,
-        "random, 70 %": "random-0.7",
-        "random, 80 %": "random-0.8",
-        **{f"low loss, {100 * r:.0f} %": f"self-ref_loss-{r}" for r in SELF_RATIOS},
-        **{f"low entropy, {100 * r:.0f} %": f"self-ref_entropy-{r}" for r in SELF_RATIOS},
-        **{f"both, {100 * r:.0f} %": f"self-ref_both-{r}" for r in SELF_RATIOS},
-    },
-    "variants": {
-        "CLM": CLM_RUN,
-        "random": "random-0.5",
-        "excess (SLM)": SLM_RUN,
-        **{label: f"rule-{rule}" for rule, label in RULES.items()},
-        **{label: f"variant-{name}" for name, (label, _) in VARIANTS.items()},
-    },
-}
 
 
 def logs_made(lines):

@@ -7,6 +7,15 @@ yields pieces of sentences, which are joined by a space.
 import json
 import statistics
 
+from checks import (
+    bench_sentences,
+    bench_summary,
+    faults_sentences,
+    faults_summary,
+    hf_sentences,
+    hf_summary,
+    memory_sentences,
+)
 from experiments import (
     CLM_RUN,
     LONGER,
@@ -14,8 +23,10 @@ from experiments import (
     RULES,
     SELF_RATIOS,
     SELF_RULES,
+    SFT_RATE,
+    SFT_RATES,
+    SFT_RUN,
     SLM_RUN,
-    SWEEPS,
     TASKS,
     VARIANTS,
     dirt_runs,
@@ -44,6 +55,7 @@ from logs import (
     times_fewer,
     value,
 )
+from sweeps import SWEEPS
 
 from rho import table_notes
 
@@ -251,7 +263,35 @@ def lr(folder):
     yield f"{value(by_answers[-1], 'right'):.1f} % against {value(end, 'right'):.1f} % (one seed)."
 
 
-# ---- real text, time and speed -------------------------------------------------------------------
+def sft(folder):
+    part = folder / "runs"
+    paired = gains("sft-excess", SFT_RUN, "right", part)
+    if len(paired) > 1:
+        _, low, high = interval(paired)
+        verdict = "is not shown to differ from"
+        if low > 0:
+            verdict = "is better than"
+        if high < 0:
+            verdict = "is worse than"
+        yield f"By answers, selection {verdict} plain fine-tuning"
+        yield f"({against(SFT_RUN, 'sft-excess', part)}):"
+        yield f"excess {with_interval(paired)} over all answer tokens"
+        over_random = gains("sft-excess", "sft-random", "right", part)
+        if len(over_random) > 1:
+            yield f"and {with_interval(over_random)} over random ones"
+        losses = gains("sft-excess", SFT_RUN, "val_loss", part)
+        yield f"(target loss {with_interval(losses, 3)} nats)."
+    rates = {SFT_RATE: SFT_RUN} | {rate: f"sft-lr{rate}" for rate in SFT_RATES}
+    right = {}
+    for rate, run in rates.items():
+        logs = published(run, part)
+        if 1 in logs:
+            right[rate] = value(logs[1][-1], "right")
+    found = ", ".join(f"{rate}: {percent:.1f} %" for rate, percent in right.items())
+    yield f"Right answers of plain fine-tuning by its learning rate (seed 1): {found}."
+
+
+# ---- real text, and time -------------------------------------------------------------------------
 
 
 def real(folder):
@@ -288,12 +328,6 @@ def hours(folder):
     yield f"Together {len(paths)} runs and {total:.1f} core-hours."
 
 
-def bench(folder):
-    records = read_log(folder / "bench.jsonl")
-    machines = {f"{r['cores']} cores, {r['machine']}, torch {r['torch']}" for r in records}
-    yield "Measured on " + "; ".join(sorted(machines)) + "."
-
-
 FINDINGS = {
     "main": main,
     "demo": demo,
@@ -308,26 +342,18 @@ FINDINGS = {
     "self": self_reference,
     "variants": variants,
     "lr": lr,
+    "sft": sft,
     "real": real,
     "real-lr": real_lr,
     "hours": hours,
-    "bench": bench,
+    "faults": faults_sentences,
+    "hf": hf_sentences,
+    "bench": bench_sentences,
+    "memory": memory_sentences,
 }
 
 
 # ---- summary.json --------------------------------------------------------------------------------
-
-# Ratios that are also known by a name without a shape: {name: the row of the bench}.
-HEADLINE_RATIOS = {
-    "step_slm_over_plain": "step_slm_over_plain 6x384",
-    "step_slm_over_online_ref": "step_slm_over_online_ref 6x384",
-    "step_clm_over_plain": "step_clm_over_plain 6x384",
-    "loss_memory_over_plain": "loss_memory_over_plain 6x384",
-    "score_rate_over_forward": "score_rate_over_forward 6x384",
-    "fraction_of_peak": "fraction_of_peak 6x384",
-    "generate_rate_over_uncached": "generate_rate_over_uncached 32 rows 6x384",
-    "generate_rate_over_transformers": "generate_rate_over_transformers 32 rows 6x384",
-}
 
 
 def mean_or_none(times):
@@ -364,12 +390,6 @@ def real_summary(folder):
     }
 
 
-def bench_summary(folder):
-    ratios = {record["name"]: record["ratio"] for record in read_log(folder / "bench.jsonl")}
-    headlines = {name: ratios[row] for name, row in HEADLINE_RATIOS.items() if row in ratios}
-    return headlines | ratios
-
-
 def summary(folder):
     """The text of summary.json. What has not been measured has no key."""
     classes, _ = dynamics(read_losses(folder / "runs" / "seed1"), "dynamics-clm")
@@ -378,5 +398,8 @@ def summary(folder):
         "real": real_summary(folder),
         "dynamics": {name: round(float(classes[name].mean()), 4) for name in CLASSES},
         "bench": bench_summary(folder),
+        "faults": faults_summary(folder),
+        "hf": hf_summary(folder),
     }
+    figures = {name: values for name, values in figures.items() if values}
     return json.dumps(figures, indent=1) + "\n"

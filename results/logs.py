@@ -76,11 +76,15 @@ SOURCES = {
         *BASELINES,
     ],
     "lr": ["runs/seed1/lr*.jsonl", f"runs/seed1/{CLM_RUN}.jsonl", "runs/seed1/clm.jsonl"],
+    "sft": ["runs/seed*/sft-*.jsonl"],
     "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
     "real-lr": ["real/seed1/lr*.jsonl"],
     "hours": ["runs/seed*/*.jsonl", "real/base.jsonl", "real/seed*/*.jsonl"],
+    "faults": ["faults.jsonl"],
+    "hf": ["hf.json"],
     "bench": ["bench.jsonl"],
     "paper": [],
+    "memory": ["memory.jsonl"],
 }
 
 
@@ -101,7 +105,7 @@ def provenance(table, folder=HERE):
         elif path.suffix == ".jsonl":
             paths.append(path)
     headers = [read_log(path)[0] for path in paths]
-    commits = Counter(header["commit"] for header in headers if "commit" in header)
+    commits = Counter(header["commit"] for header in headers if "config" in header)
     if not commits:
         return ""
     names = ", ".join(commit for commit, _ in commits.most_common())

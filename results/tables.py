@@ -19,11 +19,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from checks import (  # noqa: E402
+    bench_table,
+    faults_table,
+    hf_table,
+    memory_table,
+    paper_table,
+)
 from experiments import (  # noqa: E402
     CLM_RUN,
     DEMO,
     DIRT,
-    HEADERS,
     LONGER,
     MAIN_RUNS,
     REAL,
@@ -31,7 +37,6 @@ from experiments import (  # noqa: E402
     REFERENCES,
     RUNS,
     SLM_RUN,
-    SWEEPS,
     TASKS,
     dirt_runs,
     logs_made,
@@ -40,6 +45,7 @@ from findings import FINDINGS, summary  # noqa: E402
 from logs import (  # noqa: E402
     CLASSES,
     KINDS,
+    SOURCES,
     count_answers,
     dynamics,
     ends,
@@ -52,9 +58,11 @@ from logs import (  # noqa: E402
     read_losses,
     read_runs,
     seconds,
+    sources,
     spread,
     value,
 )
+from sweeps import sft_table, sweep_table  # noqa: E402
 
 from eval_math import wilson_interval  # noqa: E402
 from prepare_data import InputError  # noqa: E402
@@ -67,8 +75,6 @@ def demo_table(folder):
 
 
 # ---- the demo's data -----------------------------------------------------------------------------
-
-NOT_YET = {"faults"}  # places kept in results/README.md
 
 
 def main_table(folder):
@@ -95,16 +101,6 @@ def arm_row(run, part):
     for key in ("val_loss", "val_corpus_loss"):
         row.append(spread(ends(run, key, part), 3))
     return row
-
-
-def sweep_table(name, folder):
-    """A table of SWEEPS: short runs, and what each gains over CLM of the same length, by seed."""
-    part = folder / "runs"
-    yield [HEADERS[name], "seeds", "target loss", "answers right, %", "points over CLM"]
-    for label, run in SWEEPS[name].items():
-        points = gains(run, CLM_RUN, "right", part)
-        row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
-        yield [*row, spread(ends(run, "right", part)), spread(points)]
 
 
 def map_table(folder):
@@ -246,7 +242,7 @@ def dynamics_rows(losses):
         yield row
 
 
-# ---- real text, time and speed -------------------------------------------------------------------
+# ---- real text, and time -------------------------------------------------------------------------
 
 
 def real_table(folder):
@@ -266,40 +262,10 @@ def hours_table(folder):
     """What each experiment took, training and answering, from its logs."""
     yield ["experiment", "runs", "core-hours"]
     for name, commands in (DEMO | REAL).items():
-        paths = logs_made(commands())
+        paths = [path for path in logs_made(commands()) if (folder / path).exists()]
         if paths:
             hours = seconds({path: read_log(folder / path) for path in paths}) / 3600
             yield [name, str(len(paths)), f"{hours:.1f}"]
-
-
-def bench_table(folder):
-    yield ["ratio", "median", "lowest", "highest"]
-    for record in read_log(folder / "bench.jsonl"):
-        numbers = [record["ratio"], record["low"], record["high"]]
-        yield [record["name"], *(f"{number:.2f}" for number in numbers)]
-
-
-def paper_table(folder):
-    """The paper's 1 B run in hours, from counted operations alone; TinyLlama's shape."""
-    attention = 2 * 2048**2 + 2 * 2048 * 256  # multiplications for a token in one layer
-    scores = 2048 * 2048  # q times k, then times v: over half of 2,048 tokens on average
-    mlp = 3 * 2048 * 5632
-    inside = 22 * (attention + scores + mlp)
-    head = 2048 * 32000
-    forward = inside + head
-    rate = 0.4 * 989e12  # an H100's peak in bf16, 40 % of it
-    tokens = 15e9
-    costs = {
-        "reference: 3 epochs of 0.5 B tokens": 1.5e9 * 3 * forward,
-        "scoring 15 B tokens once (30 GB on disk)": tokens * forward,
-        "student, CLM": tokens * 3 * forward,
-        "student, SLM 60 %, scores from disk": tokens * (forward + 2 * (inside + 0.6 * head)),
-        "student, SLM with the reference online": tokens * 4 * forward,
-    }
-    yield ["stage", "1 H100", "8 H100", "32 H100"]
-    for stage, multiplications in costs.items():
-        hours = 2 * multiplications / rate / 3600
-        yield [stage, *(f"{hours / gpus:.1f} h" for gpus in (1, 8, 32))]
 
 
 TABLES = {
@@ -317,11 +283,15 @@ TABLES = {
     "self": partial(sweep_table, "self"),
     "variants": partial(sweep_table, "variants"),
     "lr": lr_table,
+    "sft": sft_table,
     "real": real_table,
     "real-lr": real_lr_table,
     "hours": hours_table,
+    "faults": faults_table,
+    "hf": hf_table,
     "bench": bench_table,
     "paper": paper_table,
+    "memory": memory_table,
 }
 
 
@@ -336,8 +306,8 @@ def markdown(rows):
 
 def content(marker, folder=HERE):
     """What stands at a marker: the table, its findings in sentences, what it was made with."""
-    if marker in NOT_YET:
-        return "Not measured yet."
+    if SOURCES[marker] and not sources(marker, folder):
+        return "Not run yet."
     parts = [markdown(TABLES[marker](folder))]
     if marker in FINDINGS:
         parts.append(" ".join(FINDINGS[marker](folder)))
