@@ -134,14 +134,10 @@ def test_round_trip(text, tokenizer, dtype):
     assert [source["rows"] for source in meta["sources"]] == [40, 300]
     tokens = meta["tokens"]
     assert meta["sources"][1]["tokens"] == tokens["train"] + tokens["val_corpus"]
-
-
-def test_sha256_of_files_and_sources(text):
-    meta = run(*text[0])
+    assert sorted(meta["files"]) == ["ref.bin", "train.bin", "val.bin", "val_corpus.bin"]
     for name, digest in meta["files"].items():
         assert hashlib.sha256(Path("out", name).read_bytes()).hexdigest() == digest
-    assert sorted(meta["files"]) == ["ref.bin", "train.bin", "val.bin", "val_corpus.bin"]
-    joined = "".join(text[1]).encode()
+    joined = "".join(reference).encode()
     assert meta["sources"][0]["sha256"] == hashlib.sha256(joined).hexdigest()
 
 
@@ -156,17 +152,6 @@ def test_many_threads_give_the_tokens_of_one_by_one_in_order(monkeypatch):
     assert count == (len(plain), 2000)
 
 
-def test_gpt2_tokens_are_those_of_tiktoken():
-    try:
-        encoding = get_tokenizer({"name": "gpt2"})
-    except InputError as error:
-        pytest.skip(str(error))
-    texts = documents(50, "g") + ["  x  \n\n<|endoftext|> é 日本"]
-    prepare_data.write_tokens(Path("g.bin"), map(Document, texts), encoding, DTYPE)
-    plain = [t for tokens in encoding.encode_ordinary_batch(texts) for t in (50256, *tokens)]
-    assert np.fromfile("g.bin", dtype=DTYPE).tolist() == plain
-
-
 def test_surrogates_bad_bytes_and_empty_documents_do_not_stop_a_run(text):
     flags, reference, _ = text
     append("ref.jsonl", b'{"text": "half \\ud83d of it"}\n\n{"text": ""}\n{"text": "caf\xe9"}\n')
@@ -178,12 +163,6 @@ def test_surrogates_bad_bytes_and_empty_documents_do_not_stop_a_run(text):
 
 def zst(data):
     return pyarrow.compress(data, codec="zstd", asbytes=True)
-
-
-def write_arrow(path, rows, new):
-    table = pyarrow.table({"text": rows})
-    with new(path, table.schema) as writer:
-        writer.write_table(table)
 
 
 def every_format(folder, rows):
@@ -205,7 +184,9 @@ def every_format(folder, rows):
     binary = [row.encode() for row in named["g.parquet"]]
     table = pyarrow.table({"map": maps, "text": binary})
     pyarrow.parquet.write_table(table, Path(folder, "g.parquet"))
-    write_arrow(Path(folder, "h.arrow"), named["h.arrow"], pyarrow.ipc.new_stream)
+    table = pyarrow.table({"text": named["h.arrow"]})
+    with pyarrow.ipc.new_stream(Path(folder, "h.arrow"), table.schema) as writer:
+        writer.write_table(table)
     Path("lines").unlink()
     return [row for name in named for row in named[name]]
 
@@ -493,13 +474,8 @@ def test_near_misses_and_what_every_page_has_are_kept(text):
     changed = " ".join(w if i % 12 else "barn" for i, w in enumerate(words))
     part = SHORT.rsplit(" ", 1)[0]
     markup = r"\begin{pmatrix} 1 & 1 \\ 1 & 1 \end{pmatrix} 1 1 1 1 1 1 1 1 1 1 1 1 1 1"
-    common = [
-        "Why?",
-        "What is the answer?",
-        "What is the value of it?",
-        markup,
-        "a b c d e f g h i j k l m n",
-    ]
+    common = ["Why?", "What is the answer?", "What is the value of it?", markup]
+    common.append("a b c d e f g h i j k l m n")
     extra = [twelve, changed, part, " ".join(sorted(words)), *common]
     kept, found = contaminated(text, *extra, questions=[LONG, SHORT, *common])
     assert kept == [True] * len(extra) and found["found"] == 0 and found["documents"] == []
@@ -673,13 +649,11 @@ def test_each_source_has_a_closing_line(text, capsys):
     assert "300 documents" in line
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_missing_field_names_those_there(text, capsys, kind):
-    rows = {"body": ["some"] * 30, "title": ["other"] * 30}
-    pyarrow.parquet.write_table(pyarrow.table(rows), "f.parquet")
-    write_jsonl("f.jsonl", [{"body": "some", "title": "other"}] * 30)
-    line = refused(capsys, "--reference", f"f.{kind}", *text[0][2:])
-    assert all(part in line for part in (f"f.{kind}", "no text", "body, title", "--field"))
+def test_a_column_that_a_parquet_lacks_names_those_there(text, capsys):
+    table = pyarrow.table({"body": ["some"] * 30, "title": ["other"] * 30})
+    pyarrow.parquet.write_table(table, "f.parquet")
+    line = refused(capsys, "--reference", "f.parquet", *text[0][2:])
+    assert all(part in line for part in ("f.parquet", "no text", "body, title", "--field"))
     assert "--skip_bad" not in line
 
 
@@ -701,12 +675,8 @@ TEXT = b'{"text": "' + b"words and words " * 9 + b'"}\n'
         ("e.json", b'[{"text": "a"}, {"text": "b"}', "cut short"),
         ("f.txt", gzip.compress(TEXT), "gzip"),
         ("f.jsonl", zst(TEXT), "zstandard"),
-        (
-            "g.jsonl",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n",
-            "git lfs pull",
-        ),
-        ("g.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "git-LFS"),
+        ("g.jsonl", b"version https://git-lfs.github.com/spec/v1\noid 4d7\n", "git lfs pull"),
+        ("g.parquet", b"version https://git-lfs.github.com/spec/v1\noid 4d7\n", "git-LFS"),
         ("h.txt", "some text in UTF-16".encode("utf-16"), "UTF-16"),
         ("h.jsonl", TEXT.decode().encode("utf-16-le"), "UTF-16"),
         ("i.jsonl", '{"text": "déjà vu, à côté, été"}\n'.encode("latin-1") * 9, "Latin-1"),
@@ -769,23 +739,12 @@ def test_one_file_twice_is_refused(text, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--max_tokens", "nan"],
-        ["--max_tokens", "-5"],
-        ["--max_tokens", "0.5"],
-        ["--max_tokens", "inf"],
-        ["--val_docs", "0"],
-        ["--wrong", "nan"],
-        ["--wrong", "1.5"],
-        ["--dirty", "-1"],
-        ["--n_ref", "0"],
-        ["--train_tokenizer", "100"],
-        ["--recipe", "math"],
-    ],
+    "flag",
+    "max_tokens=nan max_tokens=-5 max_tokens=0.5 max_tokens=inf val_docs=0 wrong=nan wrong=1.5 "
+    "dirty=-1 n_ref=0 train_tokenizer=100 recipe=math".split(),
 )
-def test_numbers_out_of_range_are_named(text, capsys, flags):
-    assert flags[0] in refused(capsys, *text[0], *flags)
+def test_numbers_out_of_range_are_named(text, capsys, flag):
+    assert f"--{flag.split('=')[0]}" in refused(capsys, *text[0], f"--{flag}")
 
 
 def test_unknown_flags_and_bad_numbers(text, capsys):
@@ -1007,13 +966,7 @@ TRAINING = [SENTENCE, "Zoë’s naïve café, 日本語 1234 + 5678 = 6912", "de
 TRAINING += documents(100, "train")
 KINDS = ("TinyLlama", "Mistral", "Llama-3", "SmolLM2", "Qwen")
 TRICKY = ["", " ", "  two  spaces ", "\n\n a", "<s>x</s> <|endoftext|>", "e\u0301 é", "\0\u200b🙂"]
-TRICKY += [
-    "<|begin_of_text|>a<|im_end|>",
-    "▁a ▁",
-    "12345",
-    "if x:\n\t\treturn  y\r\n",
-    " <unk> <0x41>",
-]
+TRICKY += ["<|begin_of_text|>a<|im_end|>", "▁a ▁", "12345", "if x:\n\t\ty\r\n", " <unk> <0x41>"]
 
 
 def write_tokenizer(kind):
