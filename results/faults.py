@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import hostile  # noqa: E402
 from ground import (  # noqa: E402
-    KILLED,
+    JOBS,
     SEED,
     TINY,
     TRAIN,
@@ -51,11 +51,18 @@ from model import load_checkpoint  # noqa: E402
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def kills(ground, rng, quick, jobs=KILLED):
+def some(jobs, quick):
+    """In the quick form, those that between them do all there is to do."""
+    if not quick:
+        return [*jobs.values()]
+    return [jobs[name] for name in ("prepare", "score", "slm", "again") if name in jobs]
+
+
+def kills(ground, rng, quick, jobs=JOBS):
     """kill -9 at random moments, up to three in a row; then the same command runs to its end."""
     row = Counter(kills=0, ends=0, bit_identical=0, signals=0, one_line_and_resumed=0)
     failed = []
-    for job in jobs.values():
+    for job in some(jobs, quick):
         wanted, seconds = ground.undisturbed(job)
         n_kills = 0
         while n_kills < (1 if quick else 21):
@@ -119,7 +126,7 @@ def reader_of(name):
     if path.suffix == ".jsonl":
         return Job("rho.py", TINY + "--stage table"), False
     if path.name == "clm.pt":
-        return KILLED["clm"], True
+        return Job("rho.py", TRAIN + "--stage clm"), True
     if path.name == "slm.pt":
         return Job("eval_math.py", "--ckpt out/slm.pt --data data --n 5 --device cpu"), True
     return Job("rho.py", AGAIN + "--stage slm"), True
@@ -131,14 +138,12 @@ def damage(ground, rng, quick):
     Either one line with status 2 names the file, or the damage does not matter: the command ends
     as without it. Logs and stored losses have no checksum: there it is enough that it ends.
     """
-    ground.add(KILLED["clm"])
-    ground.add(KILLED["slm"])
     row = Counter(damaged=0, refused_in_one_line=0, ran_right=0)
     failed = []
     for name in sorted(contents(ground.base)):
         job, has_checksum = reader_of(name)
         if job is None or (quick and rng.random() < 0.8):
-            continue  # text of the user's own
+            continue  # None: text of the user's own
         wanted, _ = ground.undisturbed(job)
         whole = (ground.base / name).read_bytes()
         for how, damaged in hostile.ways_to_damage(rng, whole).items():
@@ -169,15 +174,14 @@ def full_disk(ground, rng, quick):
     old files as they were, nothing half-written, and with room again it ends as undisturbed."""
     row = Counter(full=0, one_line=0, old_files_intact=0, ends_right=0)
     failed = []
-    jobs = {**KILLED, "restart": Job("rho.py", TRAIN + "--stage ref --restart")}
-    for job in jobs.values():
+    before = contents(ground.base)
+    jobs = {**JOBS, "again": Job("rho.py", TRAIN + "--stage ref --restart")}
+    for job in some(jobs, quick):
         wanted, _ = ground.undisturbed(job)
-        before = contents(ground.base)
-        written = [name for name in wanted if wanted[name] != before.get(name)]
-        largest = max((ground.place / name).stat().st_size for name in written or ["out/ref.pt"])
-        for _ in range(1 if quick else 5):
+        largest = ground.largest("mine" if job == JOBS["prepare"] else "out")
+        for _ in range(1 if quick else 8):
             place = ground.fresh()
-            limit = int(rng.uniform(0.05, 0.7) * largest)
+            limit = int(rng.uniform(0.02, 0.7) * largest)
             status, said = Running(job, place, limit).end()
             if status == 0:
                 continue  # no file of this size was written
@@ -202,16 +206,17 @@ def writers(ground, rng, quick):
     """Two commands started together: one of them refuses, or both end with the same bytes."""
     row = Counter(pairs=0, one_refused_one_right=0, score_pairs=0, score_pairs_same_bytes=0)
     failed = []
-    for name in ("clm", "slm", "prepare", "score"):
-        job = KILLED[name]
+    for job in some({**JOBS, "again": JOBS["clm"]}, quick):
+        if job == JOBS["eval"]:
+            continue
         wanted, _ = ground.undisturbed(job)
-        for _ in range(1 if quick else 6):
+        for _ in range(1 if quick else 4):
             place = ground.fresh()
             pair = [Running(job, place), Running(job, place)]
             ends = sorted(one.end() for one in pair)
             statuses = [status for status, _ in ends]
             same = contents(place) == wanted
-            if name == "score":
+            if job == JOBS["score"]:
                 right = statuses == [0, 0] and same
                 row["score_pairs"] += 1
                 row["score_pairs_same_bytes"] += right

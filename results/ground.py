@@ -37,7 +37,7 @@ TINY = (
     "--n_inner 32 --block_size 64 --batch_size 4 --micro_batch 4 --eval_windows 2 --questions 4 "
 )
 # A checkpoint every 30 ms, besides those of the evaluations.
-TRAIN = TINY + "--tokens 16000 --ref_tokens 8000 --evals 4 --save_minutes 0.0005 "
+TRAIN = TINY + "--tokens 10000 --ref_tokens 8000 --evals 3 --save_minutes 0.0005 "
 PREPARE = "--reference text/ref.jsonl --corpus text/train.jsonl --questions text/questions.jsonl "
 PREPARE += "--tokenizer data/meta.json --val_docs 20 --out mine "
 
@@ -53,11 +53,13 @@ class Job:
         return f"{self.script} {self.flags.replace(TINY, '')[:50]}"
 
 
-KILLED = {
+# What is killed and disturbed. Where they start there are runs and scores of other names and
+# shapes, and data of another seed in the folder that is written.
+JOBS = {
     "prepare": Job("prepare_data.py", PREPARE),
-    "score": Job("rho.py", TINY + "--stage score --tokens 24000 --micro_batch 1"),
-    "clm": Job("rho.py", TRAIN + "--stage clm"),
-    "slm": Job("rho.py", TRAIN + "--stage slm"),
+    "score": Job("rho.py", TINY + "--stage score --tokens 24000 --micro_batch 1 --block_size 32"),
+    "clm": Job("rho.py", TRAIN + "--stage clm --name cut"),
+    "slm": Job("rho.py", TRAIN + "--stage slm --name cut --block_size 32"),
     "eval": Job("eval_math.py", "--ckpt out/ref.pt --data data --batch_size 8 --device cpu"),
 }
 
@@ -72,9 +74,10 @@ def run_script(job, place, said, limit):
     sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    script = str(ROOT / job.script)
-    sys.argv = [script, *job.flags.split()]
-    runpy.run_path(script, run_name="__main__")
+    script = ROOT / job.script
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [job.script, *job.flags.split()]
+    runpy.run_module(script.stem, run_name="__main__", alter_sys=True)
 
 
 class Running:
@@ -163,7 +166,8 @@ class Ground:
             rows = [json.dumps({"text": document}) for document in documents]
             (text / f"{split}.jsonl").write_text("\n".join(rows))
         self.add(Job("prepare_data.py", PREPARE + "--seed 1"))
-        self.add(Job("rho.py", TRAIN + "--stage ref"))
+        for stage in ("ref", "clm", "slm"):
+            self.add(Job("rho.py", TRAIN + f"--stage {stage}"))
 
     def add(self, job, folder=None):
         """Run a command that has to succeed; without a folder, where all others start."""
@@ -186,3 +190,7 @@ class Ground:
             seconds = time.time() - start
             self.ends[job] = contents(place), seconds
         return self.ends[job]
+
+    def largest(self, folder):
+        """Bytes of the largest file there."""
+        return max(path.stat().st_size for path in (self.base / folder).rglob("*"))
