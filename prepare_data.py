@@ -71,6 +71,10 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to 
 WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
 WRITTEN += ("sft_mask.bin", "sft.bin", *[f"{name}.bin" for name in STREAMS])
 REMEDY = "Run: python prepare_data.py"
+# skipped, empty and contaminated documents are dropped, and copies of held-out ones (duplicates).
+# replaced: characters that were no UTF-8. hidden, ignored: files of a folder that are passed over.
+COUNTED = ("rows", "documents", "tokens", "skipped", "empty", "contaminated", "duplicates")
+COUNTED += ("replaced", "hidden", "ignored")
 RECIPES = """
 recipe        role       weight name                       split  fields
 math          reference  6    meta-math/MetaMathQA         train  query,response
@@ -192,12 +196,6 @@ class Source:
         about.update(weight=self.weight, files=[str(path) for path in self.files])
         counts = {key: self.counts[key] for key in COUNTED}
         return {**about, **counts, "sha256": self.digest.hexdigest()}
-
-
-# skipped, empty and contaminated documents are dropped, and copies of held-out ones (duplicates).
-# replaced: characters that were no UTF-8. hidden, ignored: files of a folder that are passed over.
-COUNTED = ("rows", "documents", "tokens", "skipped", "empty", "contaminated", "duplicates")
-COUNTED += ("replaced", "hidden", "ignored")
 
 
 def of_role(sources, role):
@@ -822,14 +820,13 @@ def hold_out(documents, held, n, seed, avoid=(), max_characters=math.inf):
 
 # ---- Writing ----
 
-WORD_START = regex.compile(r"(?<=\S) (?=\p{L})")
-
 
 def cut_long(documents):
     """The documents, a very long one in parts: cut where every tiktoken pattern cuts too."""
+    word_start = regex.compile(r"(?<=\S) (?=\p{L})")
     for document in documents:
         start = 0
-        while match := WORD_START.search(document.text, start + BATCH):
+        while match := word_start.search(document.text, start + BATCH):
             part = document.text[start : match.start()]
             yield replace(document, text=part, continued=start > 0)
             start = match.start()

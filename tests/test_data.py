@@ -225,11 +225,11 @@ def test_a_weight_makes_a_file_faster(text):
 def test_names_with_colons_and_brackets_and_a_home(text, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     rows = {}
-    for name in ("a::b.jsonl", "file:x.jsonl", "c.jsonl:2", "[1] *.jsonl", "home.jsonl"):
+    for name in "a::b.jsonl file:x.json c.jsonl:2 [1]*.jsonl home.jsonl".split():
         rows[name] = documents(3, name)
         write_jsonl(name, rows[name])
     Path("c.jsonl:2").rename("c:2.jsonl")
-    names = ["a::b.jsonl", "file:x.jsonl", "c:2.jsonl:2", "[1] *.jsonl::text:0.5", "~/home.jsonl"]
+    names = "a::b.jsonl file:x.json c:2.jsonl:2 [1]*.jsonl::text:0.5 ~/home.jsonl".split()
     run(*text[0][:3], *names)
     assert sorted(corpus_of()) == sorted(sum(rows.values(), []))
 
