@@ -262,17 +262,17 @@ def memory(ground, rng, quick):
     """20 minutes of training, an evaluation each thousand steps and a checkpoint each second:
     is its memory flat within 2 % after the first two minutes?"""
     place = ground.fresh()
-    flags = TINY + "--stage slm --tokens 1e9 --evals 4000 --save_minutes 0.02"
+    flags = TINY + "--stage slm --tokens 1e9 --evals 4000 --save_minutes 0.02 --name long"
     command = [sys.executable, str(ROOT / "rho.py"), *flags.split()]
     # A process by itself: a fork would have our memory too.
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL)
-    while not (place / "out/slm.pt").exists() and process.poll() is None:
+    while not (place / "out/long.pt").exists() and process.poll() is None:
         time.sleep(0.1)
     time.sleep(0 if quick else 120)
     hours, sizes = watch(process.pid, 1 if quick else 18 * 60)
     process.terminate()
     status = process.wait()
-    steps = load_checkpoint(place / "out/slm.pt")["step"]
+    steps = load_checkpoint(place / "out/long.pt")["step"]
     row = {"minutes": round(60 * hours[-1], 1), "steps": steps, **flatness(hours, sizes)}
     failed = []
     if row["spread"] > 0.02 or status != 128 + signal.SIGTERM:
