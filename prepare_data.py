@@ -32,7 +32,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +64,6 @@ QUESTIONS = ("question", "problem", "query", "instruction", "input")  # fields, 
 ANSWERS = ("answer", "solution", "response", "output", "target")
 CHATS = ("messages", "conversations")
 ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --sft learns from
-RETRIES = 5  # of a set on the hub, when the network fails
 STREAMS = ("ref", "train", "val", "val_corpus")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to a tokenizer.json
 WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
@@ -392,7 +390,9 @@ def read_file(path, source, args):
     except InputError:
         raise
     except Exception as error:  # of gzip, xz, pyarrow, the file system: whatever it is, say where
-        remedy = "damaged or cut short? Fetch or write it again"
+        remedy = "Damaged or cut short? Fetch or write it again"
+        if source.split:
+            remedy = "No network? Give --reference PATH --corpus PATH"
         raise InputError(f"{path}: after row {number}: {describe(error)}. {remedy}") from error
 
 
@@ -553,35 +553,18 @@ def table_rows(path, kind, fields):
 
 
 def hub_rows(source):
-    """Rows from the hub (or a local folder of that name), and how many characters so far.
-
-    After an error of the network the stream is opened anew and goes on where it was.
-    """
-    from datasets import load_dataset
+    """Rows from the hub (or a local folder of that name), and how many characters so far."""
+    from datasets import load_dataset  # it tries 20 times when the network fails
 
     columns = source.fields.split(",")
-    done = 0
+    rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
+    names = rows.column_names or columns  # None: not known before it is read
+    if not set(columns) <= set(names):
+        raise InputError(f"{source.name}: {missing_field(source.fields, names)}")
     characters = 0
-    failures = 0
-    while True:
-        try:
-            rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
-            names = rows.column_names or columns  # None: not known before it is read
-            if not set(columns) <= set(names):
-                raise missing_field(source.fields, names)
-            for row in rows.select_columns(columns).skip(done):
-                done += 1
-                failures = 0
-                characters += sum(len(str(value)) for value in row.values())
-                yield characters, row
-            return
-        except Exception as error:
-            failures += 1
-            lasting = isinstance(error, (FileNotFoundError, PermissionError, InputError))
-            if lasting or failures > RETRIES:
-                remedy = "No network? Give --reference PATH --corpus PATH"
-                raise InputError(f"{source.name}: {describe(error)}. {remedy}") from error
-            time.sleep(2**failures / 4)
+    for row in rows.select_columns(columns):
+        characters += sum(len(str(value)) for value in row.values())
+        yield characters, row
 
 
 # ---- Fields: a row -> its text, of which some may be answers ----

@@ -578,45 +578,10 @@ def test_columns_of_the_hub_are_checked(capsys):
     assert all(word in line for word in ("open-web-math", "text", "body"))
 
 
-class Failing:
-    """A set on the hub whose connection breaks now and then."""
-
-    column_names = ["text"]
-
-    def __init__(self, rows, failures, at=0):
-        self.rows = rows
-        self.failures = failures
-        self.at = at
-
-    def select_columns(self, columns):
-        return self
-
-    def skip(self, n):
-        return Failing(self.rows, self.failures, n)
-
-    def __iter__(self):
-        for i in range(self.at, len(self.rows)):
-            if self.failures and i == self.failures[0]:
-                del self.failures[0]
-                raise ConnectionResetError("connection reset")
-            yield {"text": self.rows[i]}
-
-
-def test_a_broken_stream_resumes_where_it_broke(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    failures = [0, 7, 7, 20]
-    make = lambda *args, **kwargs: Failing(documents(30, "hub"), failures)  # noqa: E731
-    monkeypatch.setattr("datasets.load_dataset", make)
-    source = prepare_data.Source("corpus", "a/b", "text", split="train")
-    rows = [row["text"] for _, row in prepare_data.hub_rows(source)]
-    assert rows == documents(30, "hub") and not failures
-
-
 def test_no_network_names_the_way_out(monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\nafter 5 retries")
 
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr("datasets.load_dataset", offline)
     line = refused(capsys, "--recipe", "math")
     assert all(word in line for word in ("MetaMathQA", "--reference", "--corpus"))
