@@ -354,10 +354,10 @@ def try_sources(sources, args):
     return first
 
 
-def blocks_of(text, overlap=0):
+def blocks_of(text):
     """Slices of a text: what is done to a long one should not need a copy of all of it."""
     for i in range(0, len(text), BATCH):
-        yield text[i : i + BATCH + overlap]
+        yield text[i : i + BATCH]
 
 
 def read_file(path, source, args):
@@ -920,7 +920,7 @@ def new_folder(folder):
     work = folder.parent / f".{folder.name}.preparing"
     with only_writer(work, remedy="choose another --out"):
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        work.mkdir(parents=True)
         try:
             yield work
         finally:
