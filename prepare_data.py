@@ -1126,6 +1126,11 @@ def special_tokens(folder, vocabulary):
     for key in ("bos", "eos"):
         token = named[f"{key}_token"]
         found[key] = vocabulary.get(token["content"] if isinstance(token, dict) else token)
+    # A chat model's bos may begin a turn (<|im_start|>) and not a document: it stands in front only
+    # where the model's own tokenizer puts it there.
+    is_gpt2 = str(named.get("tokenizer_class")).startswith("GPT2")
+    if not named.get("add_bos_token", not is_gpt2):
+        found["bos"] = None
     # The separator of documents is not always eos: an instruct model's ends a turn (<|im_end|>).
     separators = [vocabulary.get("<|endoftext|>"), vocabulary.get("<|end_of_text|>")]
     separators += [found["eos"], found["bos"]]

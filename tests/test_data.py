@@ -965,6 +965,21 @@ def test_tokens_of_a_tokenizer_json_are_those_of_transformers(text, kind):
     assert (spec["bos"], spec["eos"]) == (bos, theirs.eos_token_id)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"add_bos_token": False}, {"tokenizer_class": "GPT2Tokenizer"}]
+)
+def test_a_bos_that_only_begins_turns_stands_in_front_of_no_document(text, setting):
+    """As SmolLM2-Instruct's <|im_start|>, which its own tokenizer puts nowhere."""
+    pytest.importorskip("tokenizers")
+    write_tokenizer("Llama-3")
+    path = Path("Llama-3", "tokenizer_config.json")
+    before = get_tokenizer(prepare_data.tokenizer_spec("Llama-3"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    after = get_tokenizer(prepare_data.tokenizer_spec("Llama-3"))
+    assert prepare_data.document_start(before) == [after.eot_token, before.bos_token]
+    assert prepare_data.document_start(after) == [after.eot_token]
+
+
 def test_data_with_a_tokenizer_json_can_be_moved(text):
     pytest.importorskip("tokenizers")
     write_tokenizer("TinyLlama")
