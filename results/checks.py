@@ -114,12 +114,16 @@ def read_hf(folder):
     return json.loads((folder / "hf.json").read_text())
 
 
+# What a test calls a family, where that says too little in a table.
+FAMILIES = {"linear": "Llama with linear scaling"}
+
+
 def hf_table(folder):
     found = read_hf(folder)
     yield ["what", "compared with", "found"]
     if "families_equal" in found:
         families = found["families_equal"]
-        names = ", ".join(families["names"])
+        names = ", ".join(FAMILIES.get(name, name) for name in families["names"])
         outcome = f"{families['n']} equal: {names}"
         yield ["families: logits and greedy text, in and out", "transformers", outcome]
     if "smollm2" in found:

@@ -439,6 +439,8 @@ def test_recompute_changes_no_weight(paper_run, monkeypatch):
     flags = [*stage_flags("slm"), *micro_batch, "--tokens", "2048", "--evals", "1"]
     run("rho.py", [*flags, "--name", "kept"])
     run("rho.py", [*flags, "--name", "again", recompute])
+    asked = [read_log(folder / f"out/math/{run}.jsonl")[0]["config"] for run in ("kept", "again")]
+    assert [config["recompute"] for config in asked] == [False, True]
     kept = weights_of(folder / "out/math/kept.pt")
     again = weights_of(folder / "out/math/again.pt")
     start = weights_of(folder / "base")
