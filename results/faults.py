@@ -48,21 +48,17 @@ from ground import (  # noqa: E402
 
 from model import load_checkpoint  # noqa: E402
 
+QUICK_JOBS = [JOBS["prepare"], JOBS["slm"]]
+
+
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def some(jobs, quick):
-    """In the quick form, those that between them do all there is to do."""
-    if not quick:
-        return [*jobs.values()]
-    return [jobs[name] for name in ("prepare", "score", "slm", "again") if name in jobs]
-
-
-def kills(ground, rng, quick, jobs=JOBS):
+def kills(ground, rng, quick, jobs=None):
     """kill -9 at random moments, up to three in a row; then the same command runs to its end."""
     row = Counter(kills=0, ends=0, bit_identical=0, signals=0, one_line_and_resumed=0)
     failed = []
-    for job in some(jobs, quick):
+    for job in jobs or (QUICK_JOBS if quick else JOBS.values()):
         wanted, seconds = ground.undisturbed(job)
         n_kills = 0
         while n_kills < (1 if quick else 21):
@@ -76,7 +72,8 @@ def kills(ground, rng, quick, jobs=JOBS):
             else:
                 failed.append(f"after kill -9: {job}")
         row["kills"] += n_kills
-        for number in [signal.SIGINT, signal.SIGTERM] * (1 if quick else 4):
+        for _ in range(1 if quick else 8):
+            number = rng.choice([signal.SIGINT, signal.SIGTERM])
             polite_end(ground, job, number, rng.uniform(0.4, 0.9) * seconds, wanted, row, failed)
     return dict(row), failed
 
@@ -175,11 +172,11 @@ def full_disk(ground, rng, quick):
     row = Counter(full=0, one_line=0, old_files_intact=0, ends_right=0)
     failed = []
     before = contents(ground.base)
-    jobs = {**JOBS, "again": Job("rho.py", TRAIN + "--stage ref --restart")}
-    for job in some(jobs, quick):
+    again = Job("rho.py", TRAIN + "--stage ref --restart")
+    for job in [JOBS["prepare"], again] if quick else [*JOBS.values(), again]:
         wanted, _ = ground.undisturbed(job)
         largest = ground.largest("mine" if job == JOBS["prepare"] else "out")
-        for _ in range(1 if quick else 8):
+        for _ in range(1 if quick else 5):
             place = ground.fresh()
             limit = int(rng.uniform(0.02, 0.7) * largest)
             status, said = Running(job, place, limit).end()
@@ -206,9 +203,8 @@ def writers(ground, rng, quick):
     """Two commands started together: one of them refuses, or both end with the same bytes."""
     row = Counter(pairs=0, one_refused_one_right=0, score_pairs=0, score_pairs_same_bytes=0)
     failed = []
-    for job in some({**JOBS, "again": JOBS["clm"]}, quick):
-        if job == JOBS["eval"]:
-            continue
+    for name in ["slm", "score"] if quick else ["prepare", "clm", "slm", "score"]:
+        job = JOBS[name]
         wanted, _ = ground.undisturbed(job)
         for _ in range(1 if quick else 4):
             place = ground.fresh()
@@ -216,7 +212,7 @@ def writers(ground, rng, quick):
             ends = sorted(one.end() for one in pair)
             statuses = [status for status, _ in ends]
             same = contents(place) == wanted
-            if job == JOBS["score"]:
+            if name == "score":
                 right = statuses == [0, 0] and same
                 row["score_pairs"] += 1
                 row["score_pairs_same_bytes"] += right
