@@ -251,7 +251,8 @@ def faults_table(folder):
     for part, rows in FAULTS.items():
         if part in measured:
             for row in rows:
-                yield [text.format_map(measured[part]) for text in row]
+                cells = [text.format_map(measured[part]) for text in row]
+                yield [cell.replace("%", " %") for cell in cells]
 
 
 def faults_sentences(folder):

@@ -280,7 +280,7 @@ def sft(folder):
         if len(over_random) > 1:
             yield f"and {with_interval(over_random)} over random ones"
         losses = gains("sft-excess", SFT_RUN, "val_loss", part)
-        yield f"(target loss {with_interval(losses, 3)} nats)."
+        yield f"(its target loss minus that of plain fine-tuning: {with_interval(losses, 3)} nats)."
     rates = {SFT_RATE: SFT_RUN} | {rate: f"sft-lr{rate}" for rate in SFT_RATES}
     right = {}
     for rate, run in rates.items():
