@@ -117,6 +117,7 @@ def test_a_function_that_crashes_or_is_slow_is_counted(ground, rng, wrong, monke
             raise ValueError("as documented")
 
     monkeypatch.setattr(hostile, "SLOW", 0.01)
+    monkeypatch.setattr(hostile, "slowdown", lambda: 1)
     numbers = iter(range(10))
     targets = {"own": (10, lambda rng, place: (next(numbers),), function, ValueError)}
     row, failed = hostile.fuzz(ground.fresh(), rng, 1, targets)
