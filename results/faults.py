@@ -234,12 +234,12 @@ def anonymous_mb(pid):
     return int(re.search(r"^Anonymous: +(\d+) kB", rollup, re.MULTILINE)[1]) / 1024
 
 
-def watch(pid, seconds):
-    """(hours, MB of anonymous memory) of a process, 200 times over so many seconds."""
+def watch(pid, seconds, count=200):
+    """(hours, MB of anonymous memory) of a process, so many times over so many seconds."""
     start = time.time()
     hours, sizes = [], []
-    for _ in range(200):
-        time.sleep(seconds / 200)
+    for _ in range(count):
+        time.sleep(seconds / count)
         hours.append((time.time() - start) / 3600)
         sizes.append(anonymous_mb(pid))
     return hours, sizes
@@ -265,7 +265,7 @@ def memory(ground, rng, quick):
     while not (place / "out/long.pt").exists() and process.poll() is None:
         time.sleep(0.1)
     time.sleep(0 if quick else 120)
-    hours, sizes = watch(process.pid, 1 if quick else 18 * 60)
+    hours, sizes = watch(process.pid, 2 if quick else 18 * 60)
     process.terminate()
     status = process.wait()
     steps = load_checkpoint(place / "out/long.pt")["step"]

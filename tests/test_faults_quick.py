@@ -78,10 +78,10 @@ def test_of_two_writers_one_refuses_or_both_end_the_same(ground, rng):
 def test_memory_of_a_training_run_is_read(ground):
     job = Job("rho.py", f"{TRAIN} --stage clm --tokens 1e9 --name long")
     running = Running(job, ground.fresh())
-    hours, sizes = faults.watch(running.process.pid, 0.4)
+    hours, sizes = faults.watch(running.process.pid, 0.4, 20)
     status, said = running.end(0, signal.SIGKILL)
     assert status == -signal.SIGKILL and said == ""
-    assert len(hours) == len(sizes) == 200 and min(sizes) > 20
+    assert len(hours) == len(sizes) == 20 and min(sizes) > 20
 
 
 # ---- what goes wrong is noticed ------------------------------------------------------------------
