@@ -571,6 +571,8 @@ def load_questions(task, n=None, data="data/demo", file=None):
     row_of = TASKS.get(task, OWN)
     path = Path(data, "questions.jsonl") if task == "demo" else Path(file or task)
     rows = hub_rows(task, row_of) if task in TASKS and not file else file_rows(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: no list of rows with question and answer")
     if task == "asdiv":  # as in the harness: one answer each
         rows = [row for row in rows if ";" not in str(row.get("answer", row.get("Answer")))]
     if task == "mmlu_stem":
@@ -579,7 +581,7 @@ def load_questions(task, n=None, data="data/demo", file=None):
     for number, row in enumerate(rows[:n], 1):
         try:
             questions.append(read_row(row, row_of))
-        except (StopIteration, KeyError, AttributeError, IndexError) as error:
+        except (StopIteration, KeyError, AttributeError, IndexError, TypeError) as error:
             fields = f"{row_of.question} and {row_of.answer}".replace(",", " or ")
             raise InputError(f"{path}:{number}: a row without {fields}") from error
     if not questions:

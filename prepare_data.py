@@ -1088,7 +1088,7 @@ def get_tokenizer(spec):
     except OSError as error:
         why = "no network? TIKTOKEN_CACHE_DIR may name a folder that has it"
         raise InputError(f"--tokenizer {spec.get('name')}: {why} ({error})") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"--tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
 
 
@@ -1464,9 +1464,13 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write does not know its file's name
+        raise
     except RuntimeError as error:
         # torch.save hides the OSError that a full disk is in a RuntimeError.
         if isinstance(error.__context__, OSError):
+            error.__context__.filename = str(path)
             raise error.__context__ from None
         raise
     finally:

@@ -1,9 +1,9 @@
-"""Selective Language Modeling (SLM), the method of Rho-1 (arXiv 2404.07965), on one page.
+"""Selective Language Modeling (SLM), the method of Rho-1 (arXiv 2404.07965).
 
 A small reference model learns clean text, and its loss on every token of a large dirty corpus is
 computed once. A student then reads the whole corpus, but trains only on the tokens with the highest
-excess loss: its own loss minus the reference's. A token that neither model predicts is noise, and
-a token that the student predicts well is learned already. Both have a low excess and are left out.
+excess loss: its own loss minus the reference's. A token that neither model predicts is noise, and a
+token that the student predicts well is learned already: both have a low excess.
 
 The demo: clean text is grade-school problems with worked answers ("target text" is text like it).
 The corpus is web-like pages in which such problems hide, most of them answered wrong, and 500
@@ -37,8 +37,9 @@ Differences from the paper:
 3. The top k are taken over each device's micro-batch. The paper says only "batch".
 4. Muon updates the matrices and AdamW the rest. The paper names no optimizer.
 
-How to read this file: THE METHOD, `train`, `score_corpus`. By default `train` runs fast forms, from
-model.py, of the first and the last of the four functions; `--fast false` runs the four as written.
+How to read this file: THE METHOD, `train`, `score_corpus`. By default `train` does not execute
+token_loss and selective_loss but faster forms of model.py that compute the same (checked at each
+start); `--fast false` executes the four functions as written.
 """
 
 import argparse
@@ -83,7 +84,7 @@ from prepare_data import (
 )
 
 # ==== THE METHOD ==================================================================================
-# Ordinary training averages the first one over all tokens. SLM scores, selects and averages a part.
+# Ordinary training averages token_loss over all tokens. SLM scores them, selects, averages a part.
 # Shapes: B windows of T tokens, V tokens in the vocabulary.
 
 # The inputs that each rule of `score_tokens` needs besides the student's loss. A rule of your own
@@ -117,7 +118,7 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, truth=No
     excess: the student's loss minus the reference's, signed (equation 2).
     ref_loss: tokens that the reference finds easy (self-reference, section 3.4).
     ref_entropy: tokens whose prediction the reference is sure of (the same section).
-    ref_both: tokens that rank high by both.
+    ref_both: tokens of a low loss and a low entropy.
     loss: tokens that the student finds hard.
     random: the control. all: ordinary training.
     oracle: tokens that the demo's generator knows to be target text (truth: 1, else 0).
@@ -136,8 +137,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, truth=No
     if select == "ref_entropy":
         return -ref_entropy
     if select == "ref_both":
-        # Sorting twice gives ranks, 0 for the best. A token is in both top-m lists exactly if the
-        # worse of its two ranks is below m: so the k lowest worse ranks are such an intersection.
+        # Sorting twice gives ranks, 0 for the best. The k tokens whose worse rank is smallest are
+        # the tokens that two lists of the best have in common, at the length where that is k.
         loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
         entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
         worse_rank = torch.maximum(loss_rank, entropy_rank)
@@ -163,6 +164,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("select_tokens takes a ratio or a threshold, one of them")
+    if not score.is_floating_point():  # a rule may give integers, or True and False
+        score = score.float()
     if score.isnan().any():
         raise ValueError("a score is NaN: the rule may divide 0 by 0 (clamp what it divides by)")
     if valid is None:
@@ -183,9 +186,9 @@ def selective_loss(student_loss, mask):
 
     mask (B, T): bool, or weights of at least 0. If nothing is selected, loss and gradient are 0.
     """
-    n_selected = mask.sum()
+    mask_sum = mask.sum()  # of a bool mask, the number of selected tokens
     # The clamp only avoids 0 / 0: if nothing is selected, the numerator is 0.
-    return (student_loss * mask).sum() / n_selected.clamp(min=1e-9)
+    return (student_loss * mask).sum() / mask_sum.clamp(min=1e-9)
 
 
 # ==== flags =======================================================================================
@@ -244,7 +247,7 @@ class Config:
     clip: float = option(1.0, "largest norm of the gradient", above=0)
     compile: bool | None = option(None, "use torch.compile; default: on CUDA only")
     recompute: bool = option(False, "compute activations again in backward: slower, less memory")
-    evals: int = option(9, "evaluations over the run; each saves a checkpoint", least=1)
+    evals: int = option(9, "evaluations over the run; each renews the checkpoint", least=1)
     eval_windows: int = option(64, "windows of held-out text in an evaluation", least=1)
     questions: int = option(500, "questions of DATA/questions.jsonl in an evaluation", least=0)
     save_minutes: float = option(20, "save at least this often, in minutes", above=0)
@@ -278,11 +281,11 @@ def train(cfg, run, split):
     records = [header(cfg, run, model, identity)]
     saved = saved_run(path, identity, cfg)
     if saved:
-        first_step, records, sums = restore(saved, model, optimizers)
+        first_step, records, sums = restore(path, run, saved, model, optimizers)
     announce(run, path, windows, records, first_step, cfg.steps)
 
-    # The model ends at its hidden states, and the losses below apply its head. DDP still exchanges
-    # the head's gradient: DDP's hooks sit on the parameters.
+    # forward() returns hidden states, and the losses below apply the head, outside of DDP. Its
+    # gradient is exchanged all the same: DDP's hooks sit on the parameters.
     wrapped = model
     if run.world > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -295,14 +298,14 @@ def train(cfg, run, split):
 
     for step in run.bar(range(first_step, cfg.steps), cfg.name, cfg.batch_size * cfg.block_size):
         started = time.time()
-        all_windows = batch(windows.n, cfg.batch_size, cfg.seed, step)
-        my_windows = all_windows[run.rank :: run.world]  # this rank's share
+        # This rank's share of the step's windows.
+        my_windows = batch(windows.n, cfg.batch_size, cfg.seed, step)[run.rank :: run.world]
         # Loss of the selected tokens, loss of all tokens, sum of the mask, number of the selected.
         step_sums = torch.zeros(4, device=run.device)
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
-            x, y, valid, known = fetch(run, windows, inputs, ids)  # (B, T) each
+            x, y, valid, rule_values = fetch(run, windows, inputs, ids)  # (B, T) each
             # For --select random: a resumed run draws the same numbers.
             generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
@@ -310,20 +313,23 @@ def train(cfg, run, split):
             with gradient_exchange(run, wrapped, is_last), run.precision:
                 hidden = wrapped(x).to(run.dtype)  # (B, T, C): logits are model.head(hidden)
 
-                # 1. The student's loss on every token. (The fast form: without gradient.)
+                # 1. The student's loss on every token. (The fast form makes no gradient, but saves
+                #    what step 4 needs for it.)
                 if cfg.fast:
-                    student_loss, phase_one = all_losses(hidden, model.lm_head.weight, y)  # (B, T)
+                    student_loss, saved_for_gradient = all_losses(
+                        hidden, model.lm_head.weight, y
+                    )  # (B, T)
                 else:
                     student_loss = token_loss(model.head(hidden), y)  # (B, T)
                 check_finite(student_loss, f"{cfg.name}: the loss", f"step {step}, windows {ids}")
                 # 2. What each token is worth.
-                score = score_tokens(cfg.select, student_loss, **known, generator=generator)
+                score = score_tokens(cfg.select, student_loss, **rule_values, generator=generator)
                 # 3. The tokens to train on.
                 mask = select_tokens(score, cfg.ratio, cfg.threshold, valid)  # (B, T)
-                # 4. The sum of their losses. `take_step` divides it by their number in the whole
-                #    batch. (The fast form: gradient for these tokens only.)
+                # 4. The loss on those tokens: their mean times their number, a sum, for `take_step`
+                #    forms one mean over the whole batch. (Fast: gradient for these tokens only.)
                 if cfg.fast:
-                    loss = selected_loss(hidden, model.lm_head.weight, y, mask, phase_one)
+                    loss = selected_loss(hidden, model.lm_head.weight, y, mask, saved_for_gradient)
                 else:
                     loss = selective_loss(student_loss, mask) * mask.sum()
             loss.backward()
@@ -363,10 +369,10 @@ def train(cfg, run, split):
 def fetch(run, windows, inputs, ids):
     """Windows on the device: their inputs, targets, what may be trained on, the rule's inputs."""
     x, y = windows[ids]
-    known = {}
+    rule_values = {}
     for name, values in inputs.items():
-        known[name] = run.put(torch.from_numpy(values[ids]).float())
-    return run.put(x), run.put(y), run.put(windows.valid(ids)), known
+        rule_values[name] = run.put(torch.from_numpy(values[ids]).float())
+    return run.put(x), run.put(y), run.put(windows.valid(ids)), rule_values
 
 
 def gradient_exchange(run, wrapped, is_last):
@@ -385,8 +391,8 @@ def check_fast_form():
     targets = torch.randint(50, (2, 32), generator=generator)
     mask = torch.rand(2, 32, generator=generator) < 0.5
     head = torch.eye(50)
-    losses, phase_one = all_losses(logits, head, targets)
-    loss = selected_loss(logits, head, targets, mask, phase_one)
+    losses, saved_for_gradient = all_losses(logits, head, targets)
+    loss = selected_loss(logits, head, targets, mask, saved_for_gradient)
     plain_losses = token_loss(logits, targets)
     plain_loss = selective_loss(losses, mask) * mask.sum()
     same = torch.allclose(losses, plain_losses, atol=1e-3) and torch.allclose(loss, plain_loss)
@@ -404,7 +410,7 @@ def take_step(cfg, run, model, optimizers, step, mask_sum):
     """One optimizer step on gradients of a sum; returns the gradient's norm before clipping."""
     # The mean of equation 3 is formed here, where the number of selected tokens of the whole batch
     # is known: a mean for each micro-batch would become a mean of means.
-    # run.world: DDP has averaged the gradients over the ranks, and a sum is wanted.
+    # Times run.world: that undoes DDP's average over the ranks.
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad *= run.world / mask_sum
@@ -563,15 +569,16 @@ def batch(n, size, seed, step):
 def rule_inputs(cfg, run, windows):
     """What the rule needs to know of each target: {name: array (windows.n, T)}, as in NEEDS."""
     needs = NEEDS[cfg.select]
+    inputs = {}
     if "truth" in needs:
         path = Path(cfg.data) / "kinds.npz"
         if not path.exists():
             raise InputError(f"--select oracle: {cfg.data} is no demo, so the truth is not known")
         kinds = np.load(path)[windows.path.stem][1 : windows.n * windows.T + 1]  # of the targets
-        return {"truth": (kinds == 0).reshape(windows.n, windows.T)}  # kind 0: target text
-    if needs:
-        return score_corpus(cfg, run, windows)
-    return {}
+        inputs["truth"] = (kinds == 0).reshape(windows.n, windows.T)  # kind 0: target text
+    if needs and needs != ["truth"]:
+        inputs.update(score_corpus(cfg, run, windows))
+    return inputs
 
 
 def score_corpus(cfg, run, windows):
@@ -597,8 +604,8 @@ def score_corpus(cfg, run, windows):
                 make_scores(file, windows)
         run.wait()
         scores = {name: open_scores(file, windows) for name, file in files.items()}
-        # Give each rank its batches before dropping the finished ones: another rank may already be
-        # filling the file.
+        # Split first, filter afterwards: a rank that looks later sees other gaps, and must still
+        # get the same share.
         my_parts = torch.tensor(visited_windows(cfg, windows)).split(cfg.micro_batch)
         my_parts = my_parts[run.rank :: run.world]
         run.wait()
@@ -773,7 +780,7 @@ def weights_hash(model):
 # ==== evaluation ==================================================================================
 
 
-def corpus_losses(cfg, run, model, windows):
+def held_out_losses(cfg, run, model, windows):
     """The loss of each token of the first --eval_windows windows (windows, T), in nats."""
     ids = torch.arange(min(cfg.eval_windows, windows.n))
     losses = []
@@ -783,16 +790,16 @@ def corpus_losses(cfg, run, model, windows):
 
 
 def evaluate(cfg, run, model, held_out, path, step):
-    """What arms are compared on: loss on held-out text, over all its tokens, and right answers.
+    """What arms are compared on: the mean loss of held-out tokens, selected or not, and answers.
 
-    Of each split the first --eval_windows windows count. The losses of the single tokens of corpus
-    text go to OUT/<run>/<step>.npy.
+    The tokens are those of the first --eval_windows windows. The single losses on corpus text go to
+    OUT/<run>/<step>.npy.
     """
     started = time.time()
     model.eval()
     target_text, corpus_text = held_out
-    target_losses = corpus_losses(cfg, run, model, target_text)
-    losses = corpus_losses(cfg, run, model, corpus_text)
+    target_losses = held_out_losses(cfg, run, model, target_text)
+    losses = held_out_losses(cfg, run, model, corpus_text)
     record = {"val_loss": target_losses.mean().item(), "val_corpus_loss": losses.mean().item()}
 
     question_path = Path(cfg.data, "questions.jsonl")
@@ -908,8 +915,10 @@ def saved_run(path, identity, cfg):
     return saved
 
 
-def restore(saved, model, optimizers):
+def restore(path, run, saved, model, optimizers):
     """Load a checkpoint's state; returns the step to begin with, its records and its sums."""
+    if run.rank == 0:
+        save_log(path, saved["records"])  # it may have been killed before it wrote its log
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -931,10 +940,11 @@ def save_run(path, run, model, optimizers, identity, step, steps, records, sums)
         "records": records,
         "sums": sums,
     }
-    # The log first: a run that is killed in between makes its last steps, and this file, again.
-    save_log(path, records)
+    # The checkpoint first: a run that is killed in between, or that finds the disk full, writes the
+    # log when it resumes, and one that is to be replaced stays whole with its log.
     with whole_file(path) as f:
         torch.save(state, f)
+    save_log(path, records)
 
 
 def save_log(path, records):
@@ -1066,7 +1076,11 @@ class Run:
 
 def read_log(path):
     """The records of a log: first its header, then one for each evaluation."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except ValueError as error:
+        remedy = "Delete it: the command that made it writes it again"
+        raise InputError(f"{path} is damaged. {remedy}") from error
 
 
 def read_runs(folder):
@@ -1237,7 +1251,7 @@ def arm_config(cfg, stage):
     elif not name:
         name = f"{stage}-{select}"
     reference = cfg.reference
-    if not reference and NEEDS[select] and "truth" not in NEEDS[select]:
+    if not reference and NEEDS[select] not in ([], ["truth"]):
         reference = f"{cfg.out}/ref.pt"
     return replace(
         cfg,
@@ -1315,9 +1329,10 @@ def check_config(cfg, world):
         raise InputError(f"--name: --stage {cfg.stage} makes several runs. Use --stage slm")
     if cfg.stage == "all" and (cfg.select or cfg.threshold is not None):
         raise InputError("--select and --threshold need a single stage: --stage slm")
-    if cfg.stage in ("ref", "clm") and (cfg.select or cfg.threshold is not None):
-        what = "--select" if cfg.select else "--threshold"
-        raise InputError(f"{what}: --stage {cfg.stage} trains on every token. Use --stage slm")
+    if cfg.stage in ("ref", "clm") and cfg.select:
+        raise InputError(f"--select: --stage {cfg.stage} trains on every token. Use --stage slm")
+    if cfg.stage in ("ref", "clm", "sft") and cfg.threshold is not None and not cfg.select:
+        raise InputError(f"--threshold: --stage {cfg.stage} trains on every token, without a rule")
     if cfg.threshold is not None and cfg.select in ("random", "ref_both", "all", "oracle"):
         raise InputError(
             f"--threshold: the scores of --select {cfg.select} have no unit. Use --ratio"

@@ -23,6 +23,7 @@ from logs import CLASSES, KINDS, SLIP, corpus_tokens, kept, read_runs, token_dyn
 from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo  # noqa: E402
 
 SHOWN = 2048  # tokens on the page
+RESTART = "python rho.py --restart --stage clm (or slm, ...)"
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -31,8 +32,18 @@ SHOWN = 2048  # tokens on the page
 def stored_losses(folder, records):
     """(evaluations, N) float64 nats: a run's loss on each token, at each of its evaluations."""
     run = Path(folder) / records[0]["run"]
-    steps = [record["step"] for record in records[1:]]
-    return np.stack([np.load(run / f"{step}.npy").flatten() for step in steps]).astype(float)
+    paths = [run / f"{record['step']}.npy" for record in records[1:]]
+    losses = []
+    for path in paths:
+        try:
+            losses.append(np.load(path).flatten().astype(float))
+        except (ValueError, EOFError) as error:
+            raise InputError(
+                f"{path} is damaged. Run again: {RESTART} --name {run.name}"
+            ) from error
+        if losses[-1].shape != losses[0].shape:
+            raise InputError(f"{path} has another size than {paths[0]}. Was the run changed?")
+    return np.stack(losses)
 
 
 def read_page(folder):

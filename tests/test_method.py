@@ -160,6 +160,11 @@ def test_a_score_of_minus_infinity_is_never_selected():
     assert select_tokens(score, threshold=-5.0).tolist() == [[True, False, True, False]]
 
 
+def test_scores_may_be_integers_or_booleans():
+    assert select_tokens(torch.tensor([[3, 1, 2]]), ratio=2 / 3).tolist() == [[True, False, True]]
+    assert select_tokens(torch.tensor([[True, False]]), ratio=0.5).tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("how", [{"ratio": 0.5}, {"threshold": 0.0}])
 def test_a_score_that_is_nan_raises(how):
     with pytest.raises(ValueError, match="NaN"):
