@@ -690,7 +690,7 @@ def write_checksum(path):
 def check_scores(path):
     """InputError if a finished score file has changed since it was written."""
     checksum = checksum_of(path)
-    if checksum.exists() and checksum.read_text() != file_digest(path):
+    if checksum.exists() and checksum.read_bytes() != file_digest(path).encode():
         raise InputError(f"{path} is damaged. {rescore(path)}")
 
 

@@ -37,7 +37,7 @@ def stored_losses(folder, records):
     for path in paths:
         try:
             losses.append(np.load(path).flatten().astype(float))
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # numpy raises another kind for each way of damage
             raise InputError(
                 f"{path} is damaged. Run again: {RESTART} --name {run.name}"
             ) from error
