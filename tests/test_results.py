@@ -202,7 +202,7 @@ def altered(found):
     """What a JSON file holds, with half of every share and other counts."""
     if isinstance(found, dict):
         return {name: altered(value) for name, value in found.items()}
-    if isinstance(found, list) and isinstance(found[0], int):
+    if isinstance(found, list) and found and isinstance(found[0], int):
         return [found[0] // 2, found[1]]  # of answers: right, asked
     if isinstance(found, float):
         return found / 2
