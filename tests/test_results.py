@@ -292,7 +292,7 @@ def test_a_table_names_the_commits_of_all_its_logs():
         for path in logs.sources(marker, RESULTS):
             if path.suffix == ".jsonl" and "config" in (header := logs.read_log(path)[0]):
                 commits.add(header["commit"])
-        assert commits <= set(re.findall(r"\w+", logs.provenance(marker))), marker
+        assert commits <= set(re.findall(r"[\w-]+", logs.provenance(marker))), marker
     assert logs.provenance("dirt") == "Logs of commits a12f29c, fdb4071, 1eaad62."
     assert logs.provenance("dynamics") == "Logs made at commit a12f29c."
 
