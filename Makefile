@@ -13,7 +13,7 @@ demo: .venv/demo
 test: .venv/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # Every published run again, two single-threaded ones at a time: hours. An interrupted one resumes.
 results: .venv/demo
@@ -34,7 +34,7 @@ TWO_AT_A_TIME = tr '\n' '\0' | PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS
 	touch $@
 
 .venv/test: .venv/demo
-	$(INSTALL) safetensors tokenizers math-verify pytest hypothesis ruff transformers psutil
+	$(INSTALL) safetensors tokenizers math-verify pytest pytest-xdist hypothesis ruff transformers psutil
 	touch $@
 
 clean:

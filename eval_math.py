@@ -571,8 +571,11 @@ def load_questions(task, n=None, data="data/demo", file=None):
     row_of = TASKS.get(task, OWN)
     path = Path(data, "questions.jsonl") if task == "demo" else Path(file or task)
     rows = hub_rows(task, row_of) if task in TASKS and not file else file_rows(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list):
         raise InputError(f"{path}: no list of rows with question and answer")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a row is no object with question and answer")
     if task == "asdiv":  # as in the harness: one answer each
         rows = [row for row in rows if ";" not in str(row.get("answer", row.get("Answer")))]
     if task == "mmlu_stem":
