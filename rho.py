@@ -14,8 +14,8 @@ We call each way to train an arm; arms are compared after the same number of tok
     python rho.py                                     5   runs the next four, prints their table
     python rho.py --stage ref                         1   reference, on clean text: 326 of 500
     python rho.py --stage clm                         1   all tokens of the corpus: 56 of 500
-    python rho.py --stage slm --select random         1   a random half of them: 33 of 500
-    python rho.py --stage slm                         2   the half with the most excess: 169 of 500
+    python rho.py --stage slm --select random         1   a random half of them: 32 of 500
+    python rho.py --stage slm                         2   the half with the most excess: 173 of 500
     python rho.py --stage score                           the reference's losses alone
     python rho.py --stage dynamics                        how each token's loss moves (section 2.1)
     python rho.py --stage sft --init out/demo/slm.pt      fine-tuning on answers
