@@ -220,6 +220,9 @@ class Config:
     reference: str = option("", "checkpoint or Hugging Face folder of the reference [OUT/ref.pt]")
     ratio: float = option(0.5, "share of the tokens trained on (paper: 0.6)", above=0, most=1)
     threshold: float | None = option(None, "in place of ratio: all that score above it")
+    mix: float = option(
+        0.0, "share of windows that are clean text, all trained on", least=0, most=0.9
+    )
     fast: bool = option(True, "run model.py's forms of token_loss, selective_loss")
     # The model. The reference may have another shape: it is read from its checkpoint.
     n_layer: int = option(3, "blocks of the model", least=1)
@@ -264,7 +267,7 @@ class Config:
 def train(cfg, run, split):
     """Train one run to its end, resuming where it stopped; returns the records of its log."""
     # The text, and the rule's inputs for each of its tokens.
-    windows = Windows(cfg, run.meta, split)
+    windows = Windows(cfg, run.meta, split, "ref" if cfg.mix else None)
     held_out = [Windows(cfg, run.meta, name) for name in ("val", "val_corpus")]
     inputs = rule_inputs(cfg, run, windows)
 
@@ -299,13 +302,15 @@ def train(cfg, run, split):
     for step in run.bar(range(first_step, cfg.steps), cfg.name, cfg.batch_size * cfg.block_size):
         started = time.time()
         # This rank's share of the step's windows.
-        my_windows = batch(windows.n, cfg.batch_size, cfg.seed, step)[run.rank :: run.world]
+        step_windows = batch(windows.n, cfg.batch_size, cfg.seed, step, cfg.mix, windows.n_clean)
+        my_windows = step_windows[run.rank :: run.world]
         # Loss of the selected tokens, loss of all tokens, sum of the mask, number of the selected.
         step_sums = torch.zeros(4, device=run.device)
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
             x, y, valid, rule_values = fetch(run, windows, inputs, ids)  # (B, T) each
+            clean = run.put(windows.is_clean(ids))  # (B, 1)
             # For --select random: a resumed run draws the same numbers.
             generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
@@ -324,8 +329,9 @@ def train(cfg, run, split):
                 check_finite(student_loss, f"{cfg.name}: the loss", f"step {step}, windows {ids}")
                 # 2. What each token is worth.
                 score = score_tokens(cfg.select, student_loss, **rule_values, generator=generator)
-                # 3. The tokens to train on.
-                mask = select_tokens(score, cfg.ratio, cfg.threshold, valid)  # (B, T)
+                # 3. The tokens to train on: of clean text all (--mix), of the corpus the selected.
+                mask = select_tokens(score, cfg.ratio, cfg.threshold, valid & ~clean)  # (B, T)
+                mask = mask.masked_fill(clean, 1)
                 # 4. The loss on those tokens: their mean times their number, a sum, for `take_step`
                 #    forms one mean over the whole batch. (Fast: gradient for these tokens only.)
                 if cfg.fast:
@@ -370,8 +376,12 @@ def fetch(run, windows, inputs, ids):
     """Windows on the device: their inputs, targets, what may be trained on, the rule's inputs."""
     x, y = windows[ids]
     rule_values = {}
+    is_corpus = ids < windows.n
     for name, values in inputs.items():
-        rule_values[name] = run.put(torch.from_numpy(values[ids]).float())
+        # Clean windows have no stored values and need none: all their tokens are trained on.
+        stored = np.zeros((len(ids), windows.T), np.float32)
+        stored[is_corpus] = values[ids[is_corpus]]
+        rule_values[name] = run.put(torch.from_numpy(stored))
     return run.put(x), run.put(y), run.put(windows.valid(ids)), rule_values
 
 
@@ -508,33 +518,51 @@ class Windows:
     So a token is a target once per epoch, always in the same context, and one stored reference
     loss per token is enough. Windows ignore the borders of documents, and attention crosses
     them, as usual in pre-training. windows[ids] returns (inputs, targets), (B, T) int64, for B
-    window numbers.
+    window numbers. With --mix, numbers from n on are windows of the clean text.
     """
 
-    def __init__(self, cfg, meta, split):
+    def __init__(self, cfg, meta, split, clean_split=None):
         self.path = Path(cfg.data) / f"{split}.bin"
         self.T = cfg.block_size
-        if split not in meta["tokens"]:
-            raise InputError(f"{self.path} is not there: see python prepare_data.py -h, --{split}")
-        n_tokens = meta["tokens"][split]
-        self.n = (n_tokens - 1) // self.T
-        if self.n < 1:
-            raise InputError(
-                f"{self.path}: {n_tokens} tokens are not one window (--block_size {self.T})"
-            )
-        self.tokens = np.memmap(self.path, dtype=meta["dtype"], mode="r")
+        self.tokens, self.n = self.open(cfg, meta, split)
+        self.n_clean = 0
+        if clean_split:
+            self.clean_tokens, self.n_clean = self.open(cfg, meta, clean_split)
         # Text for fine-tuning has a mask: 1 where a token belongs to an answer.
         self.answers = None
         mask_path = Path(cfg.data) / f"{split}_mask.bin"
         if mask_path.exists():
             self.answers = np.memmap(mask_path, dtype=np.uint8, mode="r")
 
+    def open(self, cfg, meta, split):
+        """The tokens of a split, and how many windows they are."""
+        path = Path(cfg.data) / f"{split}.bin"
+        if split not in meta["tokens"]:
+            raise InputError(f"{path} is not there: see python prepare_data.py -h, --{split}")
+        n_tokens = meta["tokens"][split]
+        n = (n_tokens - 1) // self.T
+        if n < 1:
+            raise InputError(
+                f"{path}: {n_tokens} tokens are not one window (--block_size {self.T})"
+            )
+        return np.memmap(path, dtype=meta["dtype"], mode="r"), n
+
     def positions(self, ids):
         first = np.asarray(ids)[:, None] * self.T
         return first + np.arange(self.T + 1)  # (B, T + 1)
 
+    def is_clean(self, ids):
+        """Which windows are of the clean text, bool (B, 1)."""
+        return torch.from_numpy(np.asarray(ids) >= self.n)[:, None]
+
     def __getitem__(self, ids):
-        tokens = torch.from_numpy(self.tokens[self.positions(ids)].astype(np.int64))
+        ids = np.asarray(ids)
+        is_clean = ids >= self.n
+        tokens = np.empty((len(ids), self.T + 1), np.int64)
+        tokens[~is_clean] = self.tokens[self.positions(ids[~is_clean])]
+        if is_clean.any():
+            tokens[is_clean] = self.clean_tokens[self.positions(ids[is_clean] - self.n)]
+        tokens = torch.from_numpy(tokens)
         return tokens[:, :-1], tokens[:, 1:]  # (B, T), (B, T)
 
     def valid(self, ids):
@@ -545,22 +573,30 @@ class Windows:
         return answers[:, 1:]
 
 
-@lru_cache(maxsize=2)  # a step can lie across two epochs
+@lru_cache(maxsize=4)  # a step can lie across two epochs, of the corpus and of clean text
 def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def batch(n, size, seed, step):
-    """The window numbers (size,) of a step, out of n windows.
+def batch(n, size, seed, step, mix=0.0, n_clean=0):
+    """The window numbers (size,) of a step, out of n windows, or of n_clean more of clean text.
 
     A pure function of seed and step: all arms see the same windows in the same order, and a
     resumed run continues where it stopped. Each epoch has every window once, in its own order.
     """
     windows = []
     for position in range(step * size, (step + 1) * size):
-        epoch = position // n
-        windows.append(permutation(n, seed, epoch)[position % n])
+        clean_before = int(position * mix)
+        if int((position + 1) * mix) > clean_before:
+            windows.append(n + shuffled(n_clean, seed, clean_before))
+        else:
+            windows.append(shuffled(n, seed, position - clean_before))
     return np.array(windows)
+
+
+def shuffled(n, seed, position):
+    """The window at a position of the endless order of n windows."""
+    return permutation(n, seed, position // n)[position % n]
 
 
 # ==== the reference's losses, and other inputs of the rules =======================================
@@ -646,7 +682,8 @@ def score_batch(run, model, pair, entropy=False):
 def visited_windows(cfg, windows):
     """The numbers of the windows that a run of --tokens sees, ascending."""
     first_epoch = permutation(windows.n, cfg.seed, 0)
-    return np.sort(first_epoch[: cfg.steps * cfg.batch_size])
+    n_visits = cfg.steps * cfg.batch_size
+    return np.sort(first_epoch[: n_visits - int(n_visits * cfg.mix)])
 
 
 def make_scores(path, windows):
@@ -962,6 +999,7 @@ def header(cfg, run, model, identity):
         "params": model.num_params(),
         "commit": git_commit(),
         "steps": cfg.steps,
+        "models_before": models_before(cfg),
         # What must be equal for two runs to be compared, besides the flags: see the table.
         "identity": {k: v for k, v in identity.items() if not hasattr(cfg, k)},
         "torch": str(torch.__version__),
@@ -970,6 +1008,17 @@ def header(cfg, run, model, identity):
         "world": run.world,
         "step": 0,
     }
+
+
+def models_before(cfg):
+    """{checkpoint: tokens it was trained on} of the models that a run needs: part of its cost."""
+    before = {}
+    for path in [cfg.reference, cfg.init]:
+        if path.endswith(".pt"):
+            records = load_checkpoint(path)["records"]
+            before.update(records[0].get("models_before", {}))
+            before[path] = records[-1]["tokens"]
+    return before
 
 
 def git_commit():
@@ -1121,7 +1170,8 @@ def tokens_to_reach(records, goal_record, key):
 # The flags that two runs may differ in and still be compared: those that the comparison is about,
 # and those of where and how a run is computed.
 MAY_DIFFER = {
-    *("select", "ratio", "threshold", "reference", "stage", "name", "out", "data", "device"),
+    *("select", "ratio", "threshold", "reference", "mix"),
+    *("stage", "name", "out", "data", "device"),
     *(
         "fast",
         "compile",
@@ -1156,9 +1206,12 @@ def why_not_comparable(records, clm):
 
 def table_rows(runs):
     """The table of {name: records} as rows of strings, the header first."""
-    rows = [["run", "tokens seen", "trained on", "target loss", "corpus loss", "right", "seconds"]]
+    titles = ["run", "tokens seen", "in all", "trained on", "target loss", "corpus loss", "right"]
+    rows = [[*titles, "seconds"]]
     for name, records in runs.items():
         last = records[-1]
+        # With the training of its reference and of the model that it started from.
+        in_all = last["tokens"] + sum(records[0].get("models_before", {}).values())
         right = "-"
         if "right" in last:
             right = f"{last['right']} of {last['questions']}"
@@ -1169,6 +1222,7 @@ def table_rows(runs):
             [
                 name + mark,
                 f"{last['tokens']:,}",
+                f"{in_all:,}",
                 f"{last['trained']:,}",
                 f"{last['val_loss']:.3f}",
                 f"{last['val_corpus_loss']:.3f}",
@@ -1196,6 +1250,9 @@ def table_notes(runs):
             continue
         if code_of(records) != code_of(clm):
             notes.append(f"{name} was run by other code than clm. If it changes clm, run clm again")
+        config = records[0]["config"]
+        if config.get("mix") and config["select"] != "all":
+            notes.append(f"{name} has clean text mixed in, clm has not: compare it with clm-mix")
         for key, words in {"right": "accuracy", "val_loss": "target loss"}.items():
             # A goal of 0 right answers is reached by every run: skip it.
             if key in records[-1] and clm[-1].get(key):
@@ -1250,6 +1307,8 @@ def arm_config(cfg, stage):
         name = stage
     elif not name:
         name = f"{stage}-{select}"
+    if not cfg.name and cfg.mix:
+        name += "-mix"
     reference = cfg.reference
     if not reference and NEEDS[select] not in ([], ["truth"]):
         reference = f"{cfg.out}/ref.pt"
@@ -1333,6 +1392,8 @@ def check_config(cfg, world):
         raise InputError(f"--select: --stage {cfg.stage} trains on every token. Use --stage slm")
     if cfg.stage in ("ref", "clm", "sft") and cfg.threshold is not None and not cfg.select:
         raise InputError(f"--threshold: --stage {cfg.stage} trains on every token, without a rule")
+    if cfg.mix and cfg.stage not in ("clm", "slm", "score"):
+        raise InputError("--mix: clean text is mixed into the corpus. Use --stage clm or slm")
     if cfg.threshold is not None and cfg.select in ("random", "ref_both", "all", "oracle"):
         raise InputError(
             f"--threshold: the scores of --select {cfg.select} have no unit. Use --ratio"
