@@ -197,6 +197,8 @@ def selective_loss(student_loss, mask):
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 BEST_DEVICE = (ACCELERATOR or torch.device("cpu")).type
 STAGES = ("all", "ref", "score", "clm", "slm", "sft", "dynamics", "table", "check")
+# The share of clean text in the fifth run of --stage all.
+DEMO_MIX = 0.3
 # The default --select of each training stage.
 STAGE_RULES = {"ref": "all", "clm": "all", "sft": "all", "slm": "excess"}
 
@@ -209,7 +211,9 @@ def option(default, help, least=None, above=None, most=None, choices=None):
 
 @dataclass
 class Config:
-    stage: str = option("all", "what to do; all: ref, clm, random, slm, table", choices=STAGES)
+    stage: str = option(
+        "all", "what to do; all: the demo's five runs and the table", choices=STAGES
+    )
     data: str = option("data/demo", "folder that prepare_data.py wrote")
     out: str = option("out/demo", "folder for checkpoints, scores and logs")
     name: str = option("", "name of the run and its files; default: the stage and the rule")
@@ -1139,7 +1143,8 @@ def read_runs(folder):
         records = read_log(path)
         if len(records) > 1 and "config" in records[0]:
             runs[path.stem] = records
-    first = [name for name in ("ref", "clm", "slm-random", "slm", "slm-oracle") if name in runs]
+    usual = ("ref", "clm", "clm-mix", "slm-random", "slm", "slm-oracle", "slm-mix")
+    first = [name for name in usual if name in runs]
     others = [name for name in runs if name not in first]
     return {name: runs[name] for name in [*first, *others]}
 
@@ -1210,8 +1215,6 @@ def table_rows(runs):
     rows = [[*titles, "seconds"]]
     for name, records in runs.items():
         last = records[-1]
-        # With the training of its reference and of the model that it started from.
-        in_all = last["tokens"] + sum(records[0].get("models_before", {}).values())
         right = "-"
         if "right" in last:
             right = f"{last['right']} of {last['questions']}"
@@ -1222,7 +1225,7 @@ def table_rows(runs):
             [
                 name + mark,
                 f"{last['tokens']:,}",
-                f"{in_all:,}",
+                f"{tokens_in_all(records):,}",
                 f"{last['trained']:,}",
                 f"{last['val_loss']:.3f}",
                 f"{last['val_corpus_loss']:.3f}",
@@ -1231,6 +1234,18 @@ def table_rows(runs):
             ]
         )
     return rows
+
+
+def tokens_in_all(records):
+    """Tokens seen by a run, by its reference, and by the model that it started from."""
+    return records[-1]["tokens"] + sum(records[0].get("models_before", {}).values())
+
+
+def equal_in_all(name, runs):
+    """The other runs that cost as many tokens in all, within one percent."""
+    mine = tokens_in_all(runs[name])
+    others = [other for other in runs if other != name]
+    return [other for other in others if abs(tokens_in_all(runs[other]) / mine - 1) < 0.01]
 
 
 def table_notes(runs):
@@ -1246,7 +1261,11 @@ def table_notes(runs):
             continue
         reasons = why_not_comparable(records, clm)
         if reasons:
-            notes.append(f"* {name} cannot be compared with clm: {'; '.join(reasons)}")
+            note = f"* {name} cannot be compared with clm: {'; '.join(reasons)}"
+            equals = equal_in_all(name, runs)
+            if equals:
+                note += f". Equal to it in all: {', '.join(equals)}"
+            notes.append(note)
             continue
         if code_of(records) != code_of(clm):
             notes.append(f"{name} was run by other code than clm. If it changes clm, run clm again")
@@ -1386,8 +1405,8 @@ def check_config(cfg, world):
         raise InputError(f"--name {cfg.name}: must be a plain name. --out is the folder")
     if cfg.stage in ("all", "dynamics") and cfg.name:
         raise InputError(f"--name: --stage {cfg.stage} makes several runs. Use --stage slm")
-    if cfg.stage == "all" and (cfg.select or cfg.threshold is not None):
-        raise InputError("--select and --threshold need a single stage: --stage slm")
+    if cfg.stage == "all" and (cfg.select or cfg.mix or cfg.threshold is not None):
+        raise InputError("--select, --threshold and --mix need a single stage: --stage slm")
     if cfg.stage in ("ref", "clm") and cfg.select:
         raise InputError(f"--select: --stage {cfg.stage} trains on every token. Use --stage slm")
     if cfg.stage in ("ref", "clm", "sft") and cfg.threshold is not None and not cfg.select:
@@ -1421,6 +1440,9 @@ def run_stage(cfg):
     if cfg.stage == "all":
         for stage, select in (("ref", ""), ("clm", ""), ("slm", "random"), ("slm", "")):
             train_arm(replace(cfg, select=select), run, stage)
+        # SLM's rival: the clean text mixed in, for as many tokens as SLM and its reference had.
+        in_all = cfg.tokens + cfg.ref_tokens
+        train_arm(replace(cfg, mix=DEMO_MIX, tokens=in_all), run, "clm")
         if run.rank == 0:
             show_table(cfg.out)
     elif cfg.stage == "score":
