@@ -188,6 +188,22 @@ def test_trap_labels_shifted_twice_or_not_at_all(tmp_path):
     assert every_target.tolist() == list(range(1, 29))  # every token a target, exactly once
 
 
+def test_trap_clean_windows_read_from_the_corpus_or_out_of_order(tmp_path):
+    """--mix: numbers from n on are windows of the clean text, in the order that they are asked."""
+    np.arange(30, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.arange(100, 122, dtype=np.uint16).tofile(tmp_path / "ref.bin")
+    meta = {"dtype": "uint16", "tokens": {"train": 30, "ref": 22}}
+    cfg = rho.Config(data=str(tmp_path), block_size=7)
+    windows = rho.Windows(cfg, meta, "train", "ref")
+    assert windows.n == 4 and windows.n_clean == 3
+    ids = np.array([6, 0, 4, 3])
+    x, y = windows[ids]
+    assert x.tolist() == [[*range(first, first + 7)] for first in (114, 0, 100, 21)]
+    assert y.equal(x + 1)
+    assert windows.is_clean(ids).tolist() == [[True], [False], [True], [False]]
+    assert windows.valid(ids).all()
+
+
 def test_trap_absolute_value_or_softmax_of_the_excess():
     """Signed: a token that the student knows far better than the reference comes last."""
     student, ref = torch.tensor([0.1, 1.0, 1.0]), torch.tensor([9.0, 0.9, 1.0])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 import rho
 from model import GPT, GPTConfig, load_checkpoint, load_model
-from rho import Config, Run, Windows, batch, learning_rate, score_corpus, train_arm
+from rho import NEEDS, Config, Run, Windows, batch, learning_rate, score_corpus, train_arm
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_inner": 32, "block_size": 64}
 QUICK = {"batch_size": 4, "micro_batch": 4, "tokens": 2560, "ref_tokens": 2560, "device": "cpu"}
@@ -69,6 +70,37 @@ def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
     assert len(set(batch(3, 8, 7, 0))) == 3  # more rows than windows: several epochs in one batch
 
 
+@pytest.mark.parametrize("mix", [0.1, 0.3, 1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_mix_is_a_share_of_the_windows_and_each_text_keeps_its_order(mix, size):
+    """10 corpus windows and 6 clean ones (numbers 10 to 15), over several epochs of the two."""
+    steps = [batch(10, size, 7, step, mix, 6) for step in range(140 // size)]
+    ids = np.concatenate(steps)
+    assert all(len(step) == size for step in steps) and set(ids) == set(range(16))
+    assert (ids >= 10).cumsum().tolist() == [int(p * mix) for p in range(1, len(ids) + 1)]
+    for mine, n in ((ids[ids < 10], 10), (ids[ids >= 10] - 10, 6)):
+        unmixed = [batch(n, 1, 7, position)[0] for position in range(len(mine))]
+        assert mine.tolist() == unmixed
+        epochs = [mine[start : start + n].tolist() for start in range(0, len(mine) - n + 1, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len(epochs) < 2 or epochs[0] != epochs[1]  # in another order
+
+
+def test_mix_a_batch_depends_on_the_step_alone():
+    """So a resumed run goes on with the windows that come next."""
+    forward = [batch(10, 4, 7, step, 0.3, 6).tolist() for step in range(20)]
+    rho.permutation.cache_clear()
+    assert [batch(10, 4, 7, step, 0.3, 6).tolist() for step in reversed(range(20))] == forward[::-1]
+    assert [batch(10, 4, 8, step, 0.3, 6).tolist() for step in range(20)] != forward
+
+
+def test_without_mix_the_order_is_that_of_the_seed_and_epoch():
+    epochs = [np.random.default_rng((7, epoch)).permutation(10) for epoch in range(4)]
+    for more in ((), (0.0,), (0.0, 6)):
+        steps = [batch(10, 4, 7, step, *more) for step in range(10)]
+        assert np.concatenate(steps).tolist() == np.concatenate(epochs).tolist()
+
+
 def test_learning_rate_warms_up_and_falls_to_its_end():
     cfg = Config(lr=1.0, warmup=0.1, lr_end=0.1)
     rates = [learning_rate(cfg, s, 100) for s in range(101)]
@@ -117,7 +149,95 @@ def test_training_equals_the_plain_definition(cfg, optimizer):
     assert apart(trained, go(cfg, "slm", select="loss")[0], cfg) > 0.2
 
 
-@pytest.mark.parametrize("flags", [{}, {"threshold": 0.05}, {"micro_batch": 2}])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("micro_batch", [4, 2, 1])
+def test_mix_gradient_equals_a_plain_loop(cfg, fast, micro_batch, monkeypatch):
+    """One step of two corpus windows and two clean ones, token by token.
+
+    A micro-batch of one holds corpus or clean text alone.
+    """
+    cfg = replace(cfg, optimizer="adamw", clip=1e9, fast=fast, micro_batch=micro_batch)
+    go(cfg, "ref")
+    real, seen = rho.take_step, []
+
+    def spy(cfg, run, model, *rest):
+        norm = real(cfg, run, model, *rest)
+        seen.append([parameter.grad.clone() for parameter in model.parameters()])
+        return norm
+
+    monkeypatch.setattr(rho, "take_step", spy)
+    _, records = go(cfg, "slm", mix=0.5, tokens=256, evals=1)
+
+    # At a half, every second window is clean text.
+    corpus, clean = (np.fromfile(f"{cfg.data}/{name}.bin", np.uint16) for name in ("train", "ref"))
+    step = []
+    for place in range(2):
+        for text in (corpus, clean):
+            order = np.random.default_rng((cfg.seed, 0)).permutation((len(text) - 1) // 64)
+            first = order[place] * 64
+            step.append((text is clean, torch.from_numpy(text[first : first + 65].astype(int))))
+    reference, _ = load_model(Path(cfg.out) / "ref.pt")
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(vocab_size=300, **SMALL))
+    trained_on = []
+    for start in range(0, 4, micro_batch):
+        candidates = []
+        for is_clean, tokens in step[start : start + micro_batch]:
+            mine, known = (
+                m.head(m(tokens[None, :-1]))[0].log_softmax(-1) for m in (model, reference)
+            )
+            for position, target in enumerate(tokens[1:].tolist()):
+                loss = -mine[position, target]
+                if is_clean:
+                    trained_on.append(loss)
+                else:
+                    excess = loss.item() + known[position, target].half().item()
+                    candidates.append((excess, loss))
+        candidates.sort(key=lambda pair: -pair[0])
+        kept = round(0.6 * len(candidates))
+        trained_on += [loss for _, loss in candidates[:kept]]
+    mean = sum(trained_on) / len(trained_on)
+    mean.backward()
+
+    assert len(seen) == 1 and records[-1]["trained"] == len(trained_on)
+    assert records[-1]["selected_loss"] == pytest.approx(mean.item(), abs=1e-5)
+    for got, parameter in zip(seen[0], model.parameters(), strict=True):
+        error = (got - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-4
+
+
+@pytest.mark.parametrize("select", [rule for rule in NEEDS if rule != "all"])
+def test_mix_counts_all_of_the_clean_text_and_the_ratio_of_the_corpus(cfg, tiny_data, select):
+    """40 windows at 0.3: 12 of clean text. At positions 3, 6, 9, 13, 16, 19 and so on."""
+    go(cfg, "ref")
+    _, records = go(cfg, "slm", select=select, mix=0.3)
+    clean_in_step = [int(0.3 * 4 * (s + 1)) - int(0.3 * 4 * s) for s in range(10)]
+    assert sum(clean_in_step) == 12
+    of_corpus = sum(round(0.6 * 64 * (4 - clean)) for clean in clean_in_step)
+    if select == "oracle":
+        kinds = np.load(tiny_data / "kinds.npz")["train"][1:]
+        n = len(kinds) // 64
+        visited = np.random.default_rng((cfg.seed, 0)).permutation(n)[:28]
+        of_corpus = sum((kinds[w * 64 : w * 64 + 64] == 0).sum() for w in visited)
+    assert records[-1]["trained"] == 12 * 64 + of_corpus
+    assert np.isfinite(records[-1]["val_loss"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast):
+    go(cfg, "ref")
+    _, records = go(cfg, "slm", threshold=50.0, mix=0.5, fast=fast)
+    assert records[-1]["trained"] == 20 * 64 and records[-1]["empty_steps"] == 0
+
+
+def test_mix_of_plain_clm_trains_on_every_token(cfg):
+    mixed, records = go(cfg, "clm", mix=0.5)
+    assert records[-1]["trained"] == records[-1]["tokens"] == 2560
+    assert records[-1]["selected_loss"] == pytest.approx(records[-1]["student_loss"])
+    assert apart(mixed, go(cfg, "clm")[0], cfg) > 0.2
+
+
+@pytest.mark.parametrize("flags", [{}, {"threshold": 0.05}, {"micro_batch": 2}, {"mix": 0.3}])
 def test_the_fast_form_trains_as_the_plain_functions_do(cfg, flags):
     go(cfg, "ref")
     fast, records = go(cfg, "slm", **flags)
@@ -260,16 +380,51 @@ def test_scores_on_disk_equal_an_online_reference(cfg):
         assert ((stored - exact).abs() <= 2**-11 * exact + 1e-4).all()
 
 
-def test_only_visited_windows_are_scored_and_more_are_added(cfg):
-    go(cfg, "ref")
+@pytest.mark.parametrize("mix", [0.0, 0.3])
+def test_only_visited_windows_are_scored_and_more_are_added(cfg, mix):
+    cfg = replace(cfg, mix=mix)
+    train_arm(replace(cfg, mix=0.0), Run(cfg), "ref")
     run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train")
+    windows = Windows(cfg, run.meta, "train", "ref")
     some = np.array(score_corpus(cfg, run, windows)["ref_loss"])
     done = ~np.isnan(some).any(1)
-    visited = {int(w) for s in range(10) for w in batch(windows.n, 4, cfg.seed, s)}
-    assert set(done.nonzero()[0]) == visited and not done.all()
+    steps = [batch(windows.n, 4, cfg.seed, s, mix, windows.n_clean) for s in range(10)]
+    visited = {int(w) for w in np.concatenate(steps) if w < windows.n}
+    assert set(done.nonzero()[0]) == visited and len(visited) == 40 - int(40 * mix)
     every = np.array(score_corpus(replace(cfg, tokens=10**6), run, windows)["ref_loss"])
     assert not np.isnan(every).any() and (every[done] == some[done]).all()
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 1 / 3, 0.9])
+def test_mix_visited_windows_are_those_of_the_batches(mix):
+    """Also where the run takes more than an epoch: 1 to 40 steps, 100 windows."""
+    few = SimpleNamespace(n=100, n_clean=6)
+    seen = set()
+    for steps in range(1, 41):
+        cfg = Config(mix=mix, seed=7, batch_size=4, block_size=64, tokens=steps * 256)
+        ids = batch(few.n, 4, 7, steps - 1, mix, few.n_clean)
+        seen |= {int(w) for w in ids if w < few.n}
+        assert rho.visited_windows(cfg, few).tolist() == sorted(seen)
+
+
+def test_mix_clean_windows_need_no_stored_score(cfg):
+    """All that the run does not visit is NaN in the file, window 0 among it."""
+    cfg = replace(cfg, seed=2)  # of an order in which 0 comes late
+    go(cfg, "ref")
+    model, records = go(cfg, "slm", mix=0.3)
+    scores = np.fromfile(next(Path(cfg.out, "scores").rglob("*.f16")), np.float16)
+    scores = scores.reshape(-1, 64)
+    scored = ~np.isnan(scores).any(1)
+    assert np.isnan(scores[0]).all() and scored.sum() == 28
+    assert all(np.isfinite(r["selected_loss"]) and np.isfinite(r["val_loss"]) for r in records[1:])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train", "ref")
+    a, b = scored.nonzero()[0][:2]
+    ids = np.array([windows.n, a, windows.n + 5, b])
+    values = rho.fetch(run, windows, {"ref_loss": scores}, ids)[3]["ref_loss"].numpy()
+    assert (values[[1, 3]] == scores[[a, b]]).all() and np.isfinite(values).all()
 
 
 def test_interrupted_scoring_goes_on(cfg, monkeypatch):
@@ -346,9 +501,10 @@ def test_reference_of_another_size_than_the_student(cfg):
 # ---- logs and resuming ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["clm", "slm"])
-def test_a_resumed_run_is_bit_identical(cfg, stage, monkeypatch):
+@pytest.mark.parametrize("stage, mix", [("clm", 0.0), ("slm", 0.0), ("slm", 0.3)])
+def test_a_resumed_run_is_bit_identical(cfg, stage, mix, monkeypatch):
     go(cfg, "ref")
+    cfg = replace(cfg, mix=mix)
     whole, records = go(cfg, stage, name="whole")
     calls, real = [], rho.evaluate
 
@@ -424,6 +580,7 @@ def test_an_unfinished_run_is_not_called_finished(cfg, capsys, monkeypatch):
         ({"evals": 4}, "--evals was 5"),
         ({"seed": 2}, "--seed was 1337"),
         ({"fast": False}, "--fast was True"),
+        ({"mix": 0.3, "name": "clm"}, "--mix was 0.0"),
     ],
 )
 def test_another_run_of_the_same_name_is_refused_and_says_what_differs(cfg, change, named):
@@ -601,6 +758,106 @@ def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
     assert last["val_loss"] > 0 and last["val_corpus_loss"] > 0
 
 
+def in_all(cfg):
+    """{run: the cell of the table's column "in all"}."""
+    titles, *rows = rho.table_rows(rho.read_runs(cfg.out))
+    return {row[0].removesuffix(" *"): row[titles.index("in all")] for row in rows}
+
+
+def test_the_log_counts_the_reference_and_the_first_model_once_each(cfg):
+    """The reference reads 1280 tokens, slm 2560, fine-tuning 768, and the last run 512."""
+    cfg = replace(cfg, ref_tokens=1280, sft_tokens=768)
+    ref, slm, sft = (f"{cfg.out}/{name}.pt" for name in ("ref", "slm", "sft"))
+    logs = [
+        go(cfg, "ref"),
+        go(cfg, "clm"),
+        go(cfg, "slm", select="random"),
+        go(cfg, "slm"),
+        go(cfg, "slm", name="from-ref", init=ref, reference=ref),
+        go(cfg, "sft", init=slm),
+        go(cfg, "slm", name="long", init=sft, tokens=512),
+        go(cfg, "slm", name="two", init=f"{cfg.out}/clm.pt", tokens=512),
+    ]
+    assert {records[0]["run"]: records[0]["models_before"] for _, records in logs} == {
+        "ref": {},
+        "clm": {},
+        "slm-random": {},
+        "slm": {ref: 1280},
+        "from-ref": {ref: 1280},
+        "sft": {ref: 1280, slm: 2560},
+        "long": {ref: 1280, slm: 2560, sft: 768},
+        "two": {ref: 1280, f"{cfg.out}/clm.pt": 2560},
+    }
+    assert in_all(cfg) == {
+        "ref": "1,280",
+        "clm": "2,560",
+        "slm-random": "2,560",
+        "slm": "3,840",
+        "from-ref": "3,840",
+        "sft": "4,608",
+        "long": "5,120",
+        "two": "4,352",
+    }
+
+
+def test_a_resumed_run_still_counts_its_reference(cfg, monkeypatch):
+    go(cfg, "ref")
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(rho, "report", dies)
+        with pytest.raises(KeyboardInterrupt):
+            go(cfg, "slm", save_minutes=1e-9)
+    _, records = go(cfg, "slm")
+    assert records[0]["models_before"] == {f"{cfg.out}/ref.pt": 2560}
+    assert in_all(cfg)["slm"] == "5,120"
+
+
+def test_mix_is_in_the_default_name(cfg):
+    cfg = replace(cfg, mix=0.3)
+    for stage, select, name in (
+        ("clm", "", "clm-mix"),
+        ("slm", "", "slm-mix"),
+        ("slm", "excess", "slm-mix"),
+        ("slm", "random", "slm-random-mix"),
+    ):
+        named = rho.arm_config(replace(cfg, select=select), stage)
+        assert named.name == name and named.mix == 0.3
+    assert rho.arm_config(replace(cfg, name="mine"), "slm").name == "mine"
+    assert rho.arm_config(replace(cfg, mix=0.0), "slm").name == "slm"
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--stage=ref", "--mix=0.3"], "--mix: clean text is mixed into the corpus."),
+        (["--stage=sft", "--mix=0.3", "--init=x.pt"], "--mix: clean text is mixed into the corpus"),
+        (["--stage=dynamics", "--mix=0.3"], "--mix: clean text is mixed into the corpus."),
+        (["--stage=all", "--mix=0.3"], "--mix need a single stage"),
+        (["--stage=slm", "--mix=0.95"], "--mix 0.95: must be at most 0.9"),
+        (["--stage=slm", "--mix=-0.1"], "--mix -0.1: must be at least 0"),
+        (["--stage=slm", "--mix=nan"], "--mix nan: must be a finite number"),
+    ],
+)
+def test_mix_where_it_has_no_meaning_is_refused_in_one_line(cfg, capsys, flags, says):
+    with pytest.raises(SystemExit) as end:
+        rho.main([f"--data={cfg.data}", f"--out={cfg.out}", "--device=cpu", *flags])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("rho.py: ") and says in said and said.count("\n") == 1
+    assert not Path(cfg.out).exists()
+
+
+def test_mix_without_clean_text_names_the_file_that_is_missing(cfg):
+    run = Run(cfg)
+    del run.meta["tokens"]["ref"]
+    cfg = replace(cfg, mix=0.3)
+    with pytest.raises(rho.InputError, match="ref.bin is not there: .*--ref"):
+        train_arm(cfg, run, "clm")
+
+
 def test_held_out_loss_is_the_mean_over_tokens(cfg):
     model, records = go(cfg, "clm", eval_windows=10**6)
     windows = Windows(cfg, Run(cfg).meta, "val")
@@ -713,16 +970,20 @@ def test_two_processes_train_as_one(cfg, two_ranks):
     assert scores.read_bytes() == expected
 
 
-def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks):
+@pytest.mark.parametrize("mix", [0.0, 0.3])
+def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks, mix):
     """Top k within each window (micro-batch of one), so that who holds the window is no matter."""
     go(cfg, "ref")
-    one, alone = go(cfg, "slm", micro_batch=1)
-    ranks = two_ranks("--stage=slm", "--name=two", "--micro_batch=1", "--ratio=0.6")
+    one, alone = go(cfg, "slm", micro_batch=1, mix=mix)
+    flags = "--micro_batch=1", "--ratio=0.6", f"--mix={mix}"
+    ranks = two_ranks("--stage=slm", "--name=two", *flags)
     said = [p.communicate(timeout=120) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], said
     two, checkpoint = load_model(Path(cfg.out) / "two.pt")
     assert apart(one, two, cfg) < 0.02 < 0.2 < apart(go(cfg, "clm")[0], two, cfg)
-    assert checkpoint["records"][-1]["trained"] == alone[-1]["trained"] == 10 * 4 * round(0.6 * 64)
+    n_clean = int(40 * mix)
+    expected = n_clean * 64 + (40 - n_clean) * round(0.6 * 64)
+    assert checkpoint["records"][-1]["trained"] == alone[-1]["trained"] == expected
 
 
 def test_a_rank_that_dies_ends_the_job_with_one_line(cfg, two_ranks):
@@ -777,14 +1038,28 @@ def changed(tmp_path, monkeypatch):
 
 
 def variant(module, cfg, **changes):
-    cfg = module.Config(**vars(replace(cfg, select="excess", **changes)))
+    cfg = module.Config(**vars(replace(cfg, **{"select": "excess", **changes})))
     return module.train_arm(cfg, module.Run(cfg), "slm")
+
+
+# The flags that a change is for. Two references, where it takes two: ref and other.
+VARIANT_FLAGS = {
+    "distilled": {"fast": False},
+    "easy": {"select": "loss"},
+    "fixed": {"select": "ref_loss"},
+    "tanh": {"select": "loss"},
+}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in VARIANTS])
 def test_variants_train_and_are_not_the_rule_itself(cfg, changed, name):
     go(cfg, "ref")
-    plain, look = go(cfg, "slm", name="plain")[1][-1], variant(changed(name), cfg, name=name)[-1]
+    flags = VARIANT_FLAGS.get(name, {})
+    plain = go(cfg, "slm", name="plain", **flags)[1][-1]
+    if name in ("fixed", "halves"):
+        go(cfg, "ref", name="other", seed=2)
+        flags = {**flags, "reference": f"{cfg.out}/ref.pt,{cfg.out}/other.pt"}
+    look = variant(changed(name), cfg, name=name, **flags)[-1]
     assert np.isfinite(look["val_loss"]) and look["tokens"] == plain["tokens"]
     alike = look["val_loss"] == plain["val_loss"]
     assert alike == (name == "averaged")  # one reference, averaged, is that reference
