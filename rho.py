@@ -198,7 +198,7 @@ ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 BEST_DEVICE = (ACCELERATOR or torch.device("cpu")).type
 STAGES = ("all", "ref", "score", "clm", "slm", "sft", "dynamics", "table", "check")
 # The share of clean text in the fifth run of --stage all.
-DEMO_MIX = 0.3
+DEMO_MIX = 0.6
 # The default --select of each training stage.
 STAGE_RULES = {"ref": "all", "clm": "all", "sft": "all", "slm": "excess"}
 
@@ -240,7 +240,7 @@ class Config:
     init: str = option("", "checkpoint or Hugging Face folder to start from")
     # Training. Tokens are counted as seen, trained on or not.
     tokens: int = option(900_000, "tokens that clm and slm read", least=1)
-    ref_tokens: int = option(900_000, "tokens that ref reads", least=1)
+    ref_tokens: int = option(450_000, "tokens that ref reads", least=1)
     sft_tokens: int = option(200_000, "tokens that sft reads", least=1)
     batch_size: int = option(8, "windows in an optimizer step, over all devices", least=1)
     micro_batch: int = option(8, "windows on a device at once; gradients accumulate", least=1)
