@@ -12,6 +12,16 @@ import argparse
 import re
 from typing import NamedTuple
 
+from controls import (
+    changed_copy,
+    clean_commands,
+    clean_data_commands,
+    clean_tuning_commands,
+    controls_commands,
+    rho,
+    slm_lr_commands,
+)
+
 
 class Style(NamedTuple):
     """How an arm is called in tables and drawn in pictures; color and line as in matplotlib."""
@@ -46,6 +56,7 @@ TITLES = {
 
 SEEDS = [1, 2, 3]
 LONG = "--tokens 2000000 --evals 20"
+LONG_REF = "--ref_tokens 900000"
 SHORT = "--evals 3"
 
 RATIOS = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]
@@ -145,15 +156,9 @@ sed 's/"input"/"question"/;s/"target"/"answer"/' $M/addsub.jsonl > data/src/adds
 # ---- the commands: each function gives the lines behind one table --------------------------------
 
 
-def rho(name, flags, seed, data="demo"):
-    """One run on one of the demo's data sets."""
-    places = f"--data data/{data} --out out/seed{seed} --seed {seed} --name {name}"
-    return f"python rho.py {places} {flags}"
-
-
 def main_commands():
     arms = {
-        "ref": "--stage ref",
+        "ref": f"--stage ref {LONG_REF}",
         "clm": f"--stage clm {LONG}",
         "slm": f"--stage slm {LONG}",
         "slm-random": f"--stage slm --select random {LONG}",
@@ -220,7 +225,9 @@ def references_commands():
             line.append(f"python prepare_data.py --n_ref {name} --out data/{data}")
         for seed in SEEDS:
             slm = f"--stage slm {SHORT} --reference out/seed{seed}/ref-{name}.pt"
-            line.append(rho(f"ref-{name}", f"--stage ref {SHORT} {flags}".strip(), seed, data))
+            line.append(
+                rho(f"ref-{name}", f"--stage ref {LONG_REF} {SHORT} {flags}".strip(), seed, data)
+            )
             line.append(rho(f"slm-ref-{name}", slm, seed))
         yield " && ".join(line)
 
@@ -250,11 +257,7 @@ def variants_commands():
         for rule in RULES:
             yield rho(f"rule-{rule}", f"--stage slm {SHORT} --select {rule}", seed)
     for name, (_, flags) in VARIANTS.items():
-        # A changed copy of the scripts, so that several variants can run at once.
-        line = [
-            f"mkdir -p out/{name} && cp *.py out/{name}",
-            f"git apply --directory=out/{name} results/variants/{name}.diff",
-        ]
+        line = changed_copy(name)
         for seed in SEEDS:
             references = ""
             if name == "averaged":
@@ -346,6 +349,11 @@ DEMO = {
     "self": self_commands,
     "variants": variants_commands,
     "sft": sft_commands,
+    "clean-data": clean_data_commands,
+    "clean-tuning": clean_tuning_commands,
+    "clean": clean_commands,
+    "controls": controls_commands,
+    "slm-lr": slm_lr_commands,
 }
 REAL = {
     "real-text": real_text_commands,

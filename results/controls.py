@@ -1,0 +1,203 @@
+"""Controls: other uses of the clean text, other units and rules, other masks: the commands.
+
+experiments.py prints them. Arms and settings were fixed on seed 1, before seeds 2 to 5 were run.
+"""
+
+from typing import NamedTuple
+
+
+def rho(name, flags, seed, data="demo"):
+    """One run on one of the demo's data sets."""
+    places = f"--data data/{data} --out out/seed{seed} --seed {seed} --name {name}"
+    return f"python rho.py {places} {flags}"
+
+
+# ---- the same clean text, used otherwise ---------------------------------------------------------
+
+# Each arm costs this many tokens in all: its own, its reference's and its first model's.
+IN_ALL = 1_350_000
+# The reference's share of them. The demo is the cell ("1", "third").
+REF_TOKENS = {"third": 450_000, "tenth": 135_000}
+# The amount of clean text: the demo's, three tenths of it, a tenth. {amount: problems}
+AMOUNTS = {"1": 5000, "0.3": 1500, "0.1": 500}
+CLEAN_SEEDS = {("1", "third"): (1, 2, 3, 4, 5)}  # the other cells: seed 1
+
+
+class Use(NamedTuple):
+    """A way to use clean text. `tokens`: whether it needs a reference first, which counts."""
+
+    label: str
+    flags: str
+    needs_ref: bool = True
+
+
+# {arm: its label, its flags besides data, seed and length}. REF stands for the reference's path.
+USES = {
+    "clean_only": Use("clean text alone", "--stage ref", needs_ref=False),
+    "clm": Use("CLM on the corpus", "--stage clm", needs_ref=False),
+    "mixed_clm": Use("CLM on corpus and clean text", "--stage clm --mix MIX", needs_ref=False),
+    "clean_then_clm": Use("clean text, then CLM", "--stage clm --init REF"),
+    "slm": Use("SLM (the paper's)", "--stage slm --reference REF"),
+    "clean_then_slm": Use("clean text, then SLM", "--stage slm --reference REF --init REF"),
+    "mixed_slm": Use("SLM on corpus and clean text", "--stage slm --reference REF --mix MIX"),
+    "distilled": Use("distillation", "--stage clm --reference REF --fast false"),
+}
+# The share of clean text in a mixture: the best for CLM of MIXES, by answers on seed 1.
+MIXES = ["0.15", "0.3", "0.6"]
+MIX = {"1": "0.6", "0.3": "0.3", "0.1": "0.15"}
+# The learning rate of each arm: the best of CLEAN_RATES by answers, on seed 1 of the demo's cell.
+CLEAN_RATES = ["3.75e-4", "7.5e-4", "1.5e-3"]
+CLEAN_RATE = dict.fromkeys(USES, "7.5e-4")
+
+
+def clean_data(amount):
+    """The folder in data/ with this amount of clean text."""
+    return "demo" if amount == "1" else f"clean{amount}"
+
+
+def use_name(amount, share, arm):
+    """The name of a run: an arm that needs no reference is the same for every share."""
+    if arm in USES and not USES[arm].needs_ref:
+        return f"clean-{amount}-{arm}"
+    return f"clean-{amount}-{share}-{arm}"
+
+
+def use_run(amount, share, arm, seed, rate=None, mix=None):
+    """The command of one arm; a rate or a share that is tried for it becomes part of its name."""
+    use = USES[arm]
+    name = use_name(amount, share, arm)
+    tokens = IN_ALL - REF_TOKENS[share] * use.needs_ref
+    flags = use.flags.replace("REF", f"out/seed{seed}/{use_name(amount, share, 'ref')}.pt")
+    flags = flags.replace("MIX", mix or MIX[amount])
+    length = "--ref_tokens" if arm == "clean_only" else "--tokens"
+    flags += f" --lr {rate or CLEAN_RATE[arm]} {length} {tokens} --evals 3"
+    if rate:
+        name += f"-lr{rate}"
+    if mix:
+        name += f"-mix{mix}"
+    line = rho(name, flags, seed, clean_data(amount))
+    if arm == "distilled":
+        line = line.replace("rho.py", "out/distilled/rho.py")
+    return line
+
+
+def use_ref(amount, share, seed):
+    flags = f"--stage ref --ref_tokens {REF_TOKENS[share]} --evals 3"
+    return rho(use_name(amount, share, "ref"), flags, seed, clean_data(amount))
+
+
+def changed_copy(name):
+    """Commands that make a changed copy of the scripts: several variants can run at once."""
+    return [
+        f"mkdir -p out/{name} && cp *.py out/{name}",
+        f"git apply --directory=out/{name} results/variants/{name}.diff",
+    ]
+
+
+def clean_data_commands():
+    for amount, problems in AMOUNTS.items():
+        if amount != "1":
+            yield (f"python prepare_data.py --n_ref {problems} --out data/{clean_data(amount)}")
+    yield " && ".join(changed_copy("distilled"))
+
+
+def clean_tuning_commands():
+    """Each arm's learning rate, and the clean share for CLM, on seed 1."""
+    yield use_ref("1", "third", 1)
+    for arm in USES:
+        for rate in CLEAN_RATES:
+            if rate != CLEAN_RATE[arm]:
+                yield use_run("1", "third", arm, 1, rate=rate)
+    for amount in AMOUNTS:
+        for mix in MIXES:
+            if mix != MIX[amount]:
+                yield use_run(amount, "third", "mixed_clm", 1, mix=mix)
+
+
+def clean_commands():
+    """The map: every amount of clean text, both shares of the reference."""
+    for amount in AMOUNTS:
+        for share in REF_TOKENS:
+            for seed in CLEAN_SEEDS.get((amount, share), (1,)):
+                yield use_ref(amount, share, seed)
+                for arm, use in USES.items():
+                    if use.needs_ref or share == "third":
+                        yield use_run(amount, share, arm, seed)
+
+
+# ---- other units, other rules, other masks -------------------------------------------------------
+
+
+class Control(NamedTuple):
+    """A run as long as the demo's: its label, the diff in variants/ that it needs, its flags.
+
+    In the flags REF is the demo's reference of the same seed; OUT is the folder of that seed.
+    """
+
+    label: str
+    variant: str = ""
+    flags: str = "--select excess --reference REF"
+
+
+CONTROL_SEEDS = (1,)
+CONTROL_CLM = "control-clm"
+CONTROL_SLM = "clean-1-third-slm"
+# Another student's losses, stored, in place of the student's own.
+OTHER = "--select ref_loss --reference REF,OUT/control-{}.pt"
+SMALL = "--n_layer 2 --n_embd 64 --n_inner 192 --n_head 2 --n_kv_head 2"
+HALVES = "--select ref_loss --ratio 0.8 --reference OUT/half-0.pt,OUT/half-1.pt"
+# {table: {run: Control}}, in the order in which they are run.
+CONTROLS = {
+    "units": {
+        CONTROL_CLM: Control("all tokens (CLM)", flags="--select all"),
+        "control-random": Control("random tokens", flags="--select random"),
+        "control-windows": Control("windows, by their mean excess", "windows"),
+        "control-pages": Control("pages in a window, by their mean excess", "pages"),
+    },
+    "no-reference": {
+        "control-easy-0.5": Control("lowest loss, 50 %", "easy", "--select loss"),
+        "control-easy-0.8": Control("lowest loss, 80 %", "easy", "--select loss --ratio 0.8"),
+        "control-gradient": Control("highest gradient", "gradient", "--select loss --fast false"),
+        "control-tanh": Control("loss x tanh(position)", "tanh", "--select loss"),
+        "half-0": Control("a reference from even windows", "halves", "--select all"),
+        "half-1": Control("a reference from odd windows", "halves", "--select all"),
+        "control-halves": Control("two halves score each other: low loss, 80 %", "halves", HALVES),
+    },
+    "when": {
+        "control-late": Control("excess, after a tenth of the steps", "late"),
+        "control-stochastic": Control("drawn by excess (Gumbel noise)", "stochastic"),
+    },
+    "fixed": {
+        "control-early": Control("CLM after 0.1 M tokens", flags="--select all --tokens 100000"),
+        "control-small": Control("CLM of a quarter of the size", flags=f"--select all {SMALL}"),
+        "control-by-clm": Control("mask of CLM", "fixed", OTHER.format("clm")),
+        "control-by-early": Control("mask of an early CLM", "fixed", OTHER.format("early")),
+        "control-by-small": Control("mask of a small CLM", "fixed", OTHER.format("small")),
+    },
+}
+# SLM's own learning rates, the same as CLM's; 3.75e-4 and 1.5e-3 are runs of clean-tuning.
+SLM_RATES = ["5e-4", "1e-3", "3e-3"]
+
+
+def control_run(name, control, seed):
+    out = f"out/seed{seed}"
+    flags = control.flags.replace("REF", f"{out}/{use_name('1', 'third', 'ref')}.pt")
+    line = rho(name, f"--stage slm --evals 3 {flags.replace('OUT', out)}", seed)
+    if control.variant:
+        line = line.replace("rho.py", f"out/{control.variant}/rho.py")
+    return line
+
+
+def controls_commands():
+    """One line for each seed and table: within a table later runs need earlier ones."""
+    variants = [control.variant for table in CONTROLS.values() for control in table.values()]
+    copies = [command for name in sorted({*variants} - {""}) for command in changed_copy(name)]
+    yield " && ".join(copies)
+    for seed in CONTROL_SEEDS:
+        for table in CONTROLS.values():
+            yield " && ".join(control_run(*item, seed) for item in table.items())
+
+
+def slm_lr_commands():
+    for rate in SLM_RATES:
+        yield use_run("1", "third", "slm", 1, rate=rate)
