@@ -31,6 +31,7 @@ from experiments import (
     VARIANTS,
     dirt_runs,
 )
+from factors import factor_sentences
 from logs import (
     CLASSES,
     SLIP,
@@ -336,6 +337,7 @@ FINDINGS = {
     "dirt": dirt,
     "references": references,
     "long": long,
+    "factor": factor_sentences,
     "scope": scope,
     "kinds": kinds,
     "dynamics": token_dynamics,

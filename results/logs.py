@@ -65,6 +65,10 @@ SOURCES = {
     "dirt": ["runs/seed*/w*-*.jsonl", *BASELINES, "runs/shares.json"],
     "references": ["runs/seed[123]/ref*.jsonl", "runs/seed*/slm-ref-*.jsonl", *BASELINES],
     "long": ["runs/seed1/long*.jsonl"],
+    "factor": [  # and of ref.jsonl the number of tokens
+        *("runs/seed*/clm.jsonl", "runs/seed*/slm.jsonl", "runs/seed1/long*.jsonl"),
+        *("runs/seed*/w*-*.jsonl", *BASELINES),
+    ],
     "scope": ["runs/seed*/scope-*.jsonl", *BASELINES],
     "kinds": ["runs/seed1/losses.npz", "runs/seed1/slm.jsonl"],
     "dynamics": ["runs/seed1/losses.npz"],

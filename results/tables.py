@@ -41,6 +41,7 @@ from experiments import (  # noqa: E402
     dirt_runs,
     logs_made,
 )
+from factors import factor_table  # noqa: E402
 from findings import FINDINGS, summary  # noqa: E402
 from logs import (  # noqa: E402
     CLASSES,
@@ -277,6 +278,7 @@ TABLES = {
     "dirt": dirt_table,
     "references": references_table,
     "long": long_table,
+    "factor": factor_table,
     "scope": partial(sweep_table, "scope"),
     "kinds": kinds_table,
     "dynamics": dynamics_table,

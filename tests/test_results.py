@@ -20,6 +20,7 @@ sys.path.insert(0, str(RESULTS))
 
 import checks  # noqa: E402
 import experiments  # noqa: E402
+import factors  # noqa: E402
 import findings  # noqa: E402
 import logs  # noqa: E402
 import tables  # noqa: E402
@@ -117,6 +118,7 @@ HEADERS = {
     "dirt": "wrong answers | dirt per problem | target tokens | seeds | CLM right, %",
     "references": "reference | seeds | its target loss | its answers right, % | student right, %",
     "long": "wrong answers | dirt per problem | tokens seen | CLM right, % | SLM right, %",
+    "factor": "wrong answers | dirt per problem | tokens | seeds | CLM right, % | SLM right, %",
     "scope": "top k over | seeds | target loss | answers right, % | points over CLM",
     "kinds": "kind of token | share of tokens | kept at 0.3 M | kept at 1.1 M | kept at 2.0 M",
     "dynamics": "class | paper: share | paper: mean loss | CLM: share | CLM: mean loss",
@@ -365,6 +367,34 @@ def test_a_seed_that_never_passes_is_said_and_not_averaged():
     assert findings.mean_or_none([2.0, None]) is None
 
 
+def test_the_factor_in_tokens_by_hand():
+    """SLM is at CLM's 5 right answers after 150 tokens, and at its loss at the first evaluation."""
+    clm = log((100, 1, 2.0), (400, 5, 1.0))
+    slm = log((100, 1, 0.9), (200, 9, 0.8), (400, 9, 0.7))
+    behind = log((100, 1, 2.0), (400, 4, 1.5))
+    pairs = [(clm, slm, 600), (clm, behind, 600)]
+    assert factors.student_factors(pairs, "right") == [pytest.approx(400 / 150), None]
+    assert factors.factors_in_all(pairs, "right") == [pytest.approx(400 / (200 + 600)), None]
+    assert not factors.is_bound(pairs, "right") and factors.is_bound(pairs, "val_loss")
+    assert factors.cell([2.0, 4.0], False) == "3.0 ± 1.4"
+    assert factors.cell([2.0, None], True) == "at least 2.0 (never in 1 of 2 seeds)"
+    assert factors.cell([None, None], False) == "never"
+
+
+def test_a_factor_to_a_floor_is_not_given(tmp_path, monkeypatch):
+    """4 % right is what is guessed: whoever passes it has shown nothing."""
+    for run, right in (("ref", 60), ("clm", 4), ("slm", 50)):
+        folder = tmp_path / "runs" / "seed1"
+        folder.mkdir(parents=True, exist_ok=True)
+        records = log((100, 2, 2.0), (200, right, 1.0), questions=100)
+        write_records(folder / f"{run}.jsonl", records)
+    monkeypatch.setattr(factors, "comparisons", lambda: [(0.75, 1, "clm", "slm")])
+    header, row = factors.factor_table(tmp_path)
+    found = dict(zip(header, row, strict=True))
+    assert found["factor by answers"] == found["in all, by answers"] == "CLM at floor"
+    assert found["by held-out loss"] == "1.0"
+
+
 def test_fishers_exact_test():
     """The lady tasting tea: 3 of 4 and 1 of 4; all 4 and none; equal shares."""
     assert logs.fisher_p(3, 4, 1, 4) == pytest.approx(34 / 70)
@@ -600,6 +630,20 @@ def test_commands_are_printed_by_table(capsys):
     with pytest.raises(SystemExit) as stopped:
         experiments.main(["lt"])
     assert stopped.value.code == 2 and "lt: unknown" in capsys.readouterr().err
+
+
+# ---- mistakes in the wild ------------------------------------------------------------------------
+
+
+def test_every_test_that_the_mistakes_name_exists():
+    text = re.search(r"^## Mistakes in the wild\n(.*?)^## ", PAGES, re.M | re.S)[1]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 8
+    for row in rows:
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row)
+        assert named, row
+        for path, name in named:
+            assert f"\ndef {name}(" in (ROOT / path).read_text(), name
 
 
 # ---- a user's own runs ---------------------------------------------------------------------------
