@@ -42,12 +42,22 @@ USES = {
     "mixed_slm": Use("SLM on corpus and clean text", "--stage slm --reference REF --mix MIX"),
     "distilled": Use("distillation", "--stage clm --reference REF --fast false"),
 }
-# The share of clean text in a mixture: the best for CLM of MIXES, by answers on seed 1.
-MIXES = ["0.15", "0.3", "0.6"]
+# What was tried on seed 1 of the demo's cell, with a reference at 7.5e-4, before the other runs.
+TRIED_RATES = ["3.75e-4", "7.5e-4", "1.5e-3", "3e-3"]
+# The best of them by answers; where two are within two points, the one of lower held-out loss.
+RATES = {
+    "ref": "1.5e-3",
+    "clean_only": "1.5e-3",
+    "clm": "1.5e-3",
+    "mixed_clm": "1.5e-3",
+    "clean_then_clm": "3.75e-4",
+    "slm": "1.5e-3",
+    "clean_then_slm": "7.5e-4",
+    "mixed_slm": "3e-3",
+    "distilled": "7.5e-4",
+}
+# The share of clean text in a mixture.
 MIX = {"1": "0.6", "0.3": "0.3", "0.1": "0.15"}
-# The learning rate of each arm: the best of CLEAN_RATES by answers, on seed 1 of the demo's cell.
-CLEAN_RATES = ["3.75e-4", "7.5e-4", "1.5e-3"]
-CLEAN_RATE = dict.fromkeys(USES, "7.5e-4")
 
 
 def clean_data(amount):
@@ -58,32 +68,40 @@ def clean_data(amount):
 def use_name(amount, share, arm):
     """The name of a run: an arm that needs no reference is the same for every share."""
     if arm in USES and not USES[arm].needs_ref:
-        return f"clean-{amount}-{arm}"
-    return f"clean-{amount}-{share}-{arm}"
+        return f"use-{amount}-{arm}"
+    return f"use-{amount}-{share}-{arm}"
 
 
-def use_run(amount, share, arm, seed, rate=None, mix=None):
-    """The command of one arm; a rate or a share that is tried for it becomes part of its name."""
-    use = USES[arm]
-    name = use_name(amount, share, arm)
-    tokens = IN_ALL - REF_TOKENS[share] * use.needs_ref
-    flags = use.flags.replace("REF", f"out/seed{seed}/{use_name(amount, share, 'ref')}.pt")
-    flags = flags.replace("MIX", mix or MIX[amount])
-    length = "--ref_tokens" if arm == "clean_only" else "--tokens"
-    flags += f" --lr {rate or CLEAN_RATE[arm]} {length} {tokens} --evals 3"
-    if rate:
-        name += f"-lr{rate}"
-    if mix:
-        name += f"-mix{mix}"
-    line = rho(name, flags, seed, clean_data(amount))
+def trial_name(arm, rate):
+    """The name of a run in which a learning rate was tried."""
+    name = use_name("1", "third", arm).replace("use", "clean", 1)
+    return name if rate == "7.5e-4" else f"{name}-lr{rate}"
+
+
+def use_command(amount, share, arm, seed, rate, name, ref):
+    """The command of one arm, or of the reference (arm "ref")."""
+    if arm == "ref":
+        flags = f"--stage ref --ref_tokens {REF_TOKENS[share]}"
+    else:
+        use = USES[arm]
+        tokens = IN_ALL - REF_TOKENS[share] * use.needs_ref
+        length = "--ref_tokens" if arm == "clean_only" else "--tokens"
+        flags = f"{use.flags} {length} {tokens}".replace("MIX", MIX[amount])
+        flags = flags.replace("REF", f"out/seed{seed}/{ref}.pt")
+    line = rho(name, f"{flags} --lr {rate} --evals 3", seed, clean_data(amount))
     if arm == "distilled":
         line = line.replace("rho.py", "out/distilled/rho.py")
     return line
 
 
-def use_ref(amount, share, seed):
-    flags = f"--stage ref --ref_tokens {REF_TOKENS[share]} --evals 3"
-    return rho(use_name(amount, share, "ref"), flags, seed, clean_data(amount))
+def use_run(amount, share, arm, seed):
+    name = use_name(amount, share, arm)
+    return use_command(amount, share, arm, seed, RATES[arm], name, use_name(amount, share, "ref"))
+
+
+def trial_run(arm, rate):
+    name = trial_name(arm, rate)
+    return use_command("1", "third", arm, 1, rate, name, trial_name("ref", "7.5e-4"))
 
 
 def changed_copy(name):
@@ -97,21 +115,14 @@ def changed_copy(name):
 def clean_data_commands():
     for amount, problems in AMOUNTS.items():
         if amount != "1":
-            yield (f"python prepare_data.py --n_ref {problems} --out data/{clean_data(amount)}")
+            yield f"python prepare_data.py --n_ref {problems} --out data/{clean_data(amount)}"
     yield " && ".join(changed_copy("distilled"))
 
 
-def clean_tuning_commands():
-    """Each arm's learning rate, and the clean share for CLM, on seed 1."""
-    yield use_ref("1", "third", 1)
-    for arm in USES:
-        for rate in CLEAN_RATES:
-            if rate != CLEAN_RATE[arm]:
-                yield use_run("1", "third", arm, 1, rate=rate)
-    for amount in AMOUNTS:
-        for mix in MIXES:
-            if mix != MIX[amount]:
-                yield use_run(amount, "third", "mixed_clm", 1, mix=mix)
+def clean_trials_commands():
+    for rate in TRIED_RATES:
+        for arm in ("ref", *USES):
+            yield trial_run(arm, rate)
 
 
 def clean_commands():
@@ -119,10 +130,10 @@ def clean_commands():
     for amount in AMOUNTS:
         for share in REF_TOKENS:
             for seed in CLEAN_SEEDS.get((amount, share), (1,)):
-                yield use_ref(amount, share, seed)
-                for arm, use in USES.items():
-                    if use.needs_ref or share == "third":
-                        yield use_run(amount, share, arm, seed)
+                # One job, as all but three of its runs need its first one.
+                arms = [arm for arm, use in USES.items() if use.needs_ref or share == "third"]
+                runs = [use_run(amount, share, arm, seed) for arm in ("ref", *arms)]
+                yield " && ".join(runs)
 
 
 # ---- other units, other rules, other masks -------------------------------------------------------
@@ -141,7 +152,7 @@ class Control(NamedTuple):
 
 CONTROL_SEEDS = (1,)
 CONTROL_CLM = "control-clm"
-CONTROL_SLM = "clean-1-third-slm"
+CONTROL_SLM = trial_name("slm", "7.5e-4")
 # Another student's losses, stored, in place of the student's own.
 OTHER = "--select ref_loss --reference REF,OUT/control-{}.pt"
 SMALL = "--n_layer 2 --n_embd 64 --n_inner 192 --n_head 2 --n_kv_head 2"
@@ -175,13 +186,13 @@ CONTROLS = {
         "control-by-small": Control("mask of a small CLM", "fixed", OTHER.format("small")),
     },
 }
-# SLM's own learning rates, the same as CLM's; 3.75e-4 and 1.5e-3 are runs of clean-tuning.
-SLM_RATES = ["5e-4", "1e-3", "3e-3"]
+# SLM's own learning rates, the same as CLM's; the others are runs of clean-trials.
+SLM_RATES = ["5e-4", "1e-3"]
 
 
 def control_run(name, control, seed):
     out = f"out/seed{seed}"
-    flags = control.flags.replace("REF", f"{out}/{use_name('1', 'third', 'ref')}.pt")
+    flags = control.flags.replace("REF", f"{out}/{trial_name('ref', '7.5e-4')}.pt")
     line = rho(name, f"--stage slm --evals 3 {flags.replace('OUT', out)}", seed)
     if control.variant:
         line = line.replace("rho.py", f"out/{control.variant}/rho.py")
@@ -200,4 +211,4 @@ def controls_commands():
 
 def slm_lr_commands():
     for rate in SLM_RATES:
-        yield use_run("1", "third", "slm", 1, rate=rate)
+        yield trial_run("slm", rate)
