@@ -46,13 +46,14 @@ def clean_table(folder):
         "answers right, %",
         "points over CLM on corpus and clean text",
     ]
-    for arm, use in USES.items():
+    labels = {"ref": "(the reference)", **{arm: use.label for arm, use in USES.items()}}
+    for arm, label in labels.items():
         run = use_name(*DEMO_CELL, arm)
         logs = list(published(run, part).values())
         if not logs:
             continue
         in_all = {tokens_in_all(records) for records in logs}
-        row = [use.label, f"{logs[0][-1]['tokens']:,}", " / ".join(f"{n:,}" for n in in_all)]
+        row = [label, f"{logs[0][-1]['tokens']:,}", " / ".join(f"{n:,}" for n in in_all)]
         row += [str(len(logs)), spread(ends(run, "val_loss", part), 3)]
         points = gains(run, use_name(*DEMO_CELL, RIVAL), "right", part)
         yield [

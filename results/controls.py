@@ -170,20 +170,20 @@ CONTROLS = {
         "control-easy-0.8": Control("lowest loss, 80 %", "easy", "--select loss --ratio 0.8"),
         "control-gradient": Control("highest gradient", "gradient", "--select loss --fast false"),
         "control-tanh": Control("loss x tanh(position)", "tanh", "--select loss"),
-        "half-0": Control("a reference from even windows", "halves", "--select all"),
-        "half-1": Control("a reference from odd windows", "halves", "--select all"),
-        "control-halves": Control("two halves score each other: low loss, 80 %", "halves", HALVES),
+        "half-0": Control("(reference 1: CLM on even windows)", "halves", "--select all"),
+        "half-1": Control("(reference 2: CLM on odd windows)", "halves", "--select all"),
+        "control-halves": Control("each scores the other's: low loss, 80 %", "halves", HALVES),
     },
     "when": {
         "control-late": Control("excess, after a tenth of the steps", "late"),
         "control-stochastic": Control("drawn by excess (Gumbel noise)", "stochastic"),
     },
     "fixed": {
-        "control-early": Control("CLM after 0.1 M tokens", flags="--select all --tokens 100000"),
-        "control-small": Control("CLM of a quarter of the size", flags=f"--select all {SMALL}"),
-        "control-by-clm": Control("mask of CLM", "fixed", OTHER.format("clm")),
-        "control-by-early": Control("mask of an early CLM", "fixed", OTHER.format("early")),
-        "control-by-small": Control("mask of a small CLM", "fixed", OTHER.format("small")),
+        "control-early": Control("(that early CLM itself)", flags="--select all --tokens 100000"),
+        "control-small": Control("(that small CLM itself)", flags=f"--select all {SMALL}"),
+        "control-by-clm": Control("mask by a finished CLM", "fixed", OTHER.format("clm")),
+        "control-by-early": Control("mask by an early CLM (0.1 M tokens)", "fixed", OTHER.format("early")),
+        "control-by-small": Control("mask by a small CLM (2 x 64)", "fixed", OTHER.format("small")),
     },
 }
 # SLM's own learning rates, the same as CLM's; the others are runs of clean-trials.

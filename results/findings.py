@@ -16,6 +16,7 @@ from checks import (
     hf_summary,
     memory_sentences,
 )
+from control_tables import clean_sentences, clean_text_summary
 from experiments import (
     CLM_RUN,
     LONGER,
@@ -347,6 +348,7 @@ FINDINGS = {
     "sft": sft,
     "real": real,
     "real-lr": real_lr,
+    "clean": clean_sentences,
     "hours": hours,
     "faults": faults_sentences,
     "hf": hf_sentences,
@@ -397,6 +399,7 @@ def summary(folder):
     classes, _ = dynamics(read_losses(folder / "runs" / "seed1"), "dynamics-clm")
     figures = {
         "demo": demo_summary(folder),
+        "clean_text": clean_text_summary(folder),
         "real": real_summary(folder),
         "dynamics": {name: round(float(classes[name].mean()), 4) for name in CLASSES},
         "bench": bench_summary(folder),

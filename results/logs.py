@@ -19,6 +19,16 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from controls import (  # noqa: E402
+    CONTROL_CLM,
+    CONTROL_SLM,
+    CONTROLS,
+    SLM_RATES,
+    TRIED_RATES,
+    USES,
+    trial_name,
+    use_name,
+)
 from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, SLM_RUN  # noqa: E402
 
 from rho import read_log, read_runs, tokens_to_reach, total_seconds, value  # noqa: E402, F401
@@ -55,6 +65,9 @@ def published(run, part="runs"):
 
 MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
+DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
+TRIALS = [trial_name(arm, rate) for arm in ("ref", *USES) for rate in TRIED_RATES]
+SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED_RATES, *SLM_RATES)]
 # {table: the files that it is made from, as patterns within results/}.
 SOURCES = {
     "main": MAIN_LOGS,
@@ -83,6 +96,14 @@ SOURCES = {
     "sft": ["runs/seed*/sft-*.jsonl"],
     "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
     "real-lr": ["real/seed1/lr*.jsonl"],
+    "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
+    "clean-map": ["runs/seed1/use-*.jsonl"],
+    "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
+    **{
+        table: [f"runs/seed*/{run}.jsonl" for run in (CONTROL_CLM, CONTROL_SLM, *controls)]
+        for table, controls in CONTROLS.items()
+    },
+    "slm-lr": [f"runs/seed1/{run}.jsonl" for run in SLM_TRIALS],
     "hours": ["runs/seed*/*.jsonl", "real/base.jsonl", "real/seed*/*.jsonl"],
     "faults": ["faults.jsonl"],
     "hf": ["hf.json"],

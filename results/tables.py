@@ -26,6 +26,14 @@ from checks import (  # noqa: E402
     memory_table,
     paper_table,
 )
+from control_tables import (  # noqa: E402
+    clean_map,
+    clean_table,
+    control_table,
+    slm_rates_table,
+    trials_table,
+)
+from controls import CONTROLS  # noqa: E402
 from experiments import (  # noqa: E402
     CLM_RUN,
     DEMO,
@@ -288,6 +296,11 @@ TABLES = {
     "sft": sft_table,
     "real": real_table,
     "real-lr": real_lr_table,
+    "clean": clean_table,
+    "clean-map": clean_map,
+    "clean-trials": trials_table,
+    **{table: partial(control_table, table) for table in CONTROLS},
+    "slm-lr": slm_rates_table,
     "hours": hours_table,
     "faults": faults_table,
     "hf": hf_table,

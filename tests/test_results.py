@@ -111,7 +111,7 @@ def test_flags_of_the_commands_exist(script, capsys):
 
 HEADERS = {
     "main": "arm | target loss | answers right, %",
-    "demo": "run | tokens seen | trained on | target loss | corpus loss | right | seconds",
+    "demo": "run | tokens seen | in all | trained on | target loss | corpus loss | right | seconds",
     "arms": "arm | tokens seen | trained on | target loss | corpus loss | answers right, %",
     "ratio": "selected | seeds | target loss | answers right, % | points over CLM",
     "map": "wrong answers | 0 of dirt | 1 of dirt | 3 of dirt | 6 of dirt",
@@ -128,6 +128,14 @@ HEADERS = {
     "sft": "fine-tuned on | seeds | target loss | answers right, % | points over plain",
     "real": "arm | seeds | tokens seen | trained on | target loss | corpus loss | singleop right",
     "real-lr": "tokens | learning rate | CLM's target loss | corpus loss",
+    "clean": "use | tokens of its own | in all | seeds | target loss | answers right, %",
+    "clean-map": "use | 1 x, reference 1/3 | 1 x, reference 1/10 | 0.3 x, reference 1/3",
+    "clean-trials": "use | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3 | rate 3e-3 | chosen",
+    "units": "trained on | seeds | tokens trained on | target loss | answers right, %",
+    "no-reference": "trained on | seeds | tokens trained on | target loss | answers right, %",
+    "when": "trained on | seeds | tokens trained on | target loss | answers right, %",
+    "fixed": "trained on | seeds | tokens trained on | target loss | answers right, %",
+    "slm-lr": "learning rate | SLM's target loss | answers right, %",
     "hours": "experiment | runs | core-hours",
     "faults": "what | how often | found",
     "hf": "what | compared with | found",
