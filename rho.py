@@ -528,17 +528,17 @@ class Windows:
     def __init__(self, cfg, meta, split, clean_split=None):
         self.path = Path(cfg.data) / f"{split}.bin"
         self.T = cfg.block_size
-        self.tokens, self.n = self.open(cfg, meta, split)
+        self.tokens, self.n = self.open_split(cfg, meta, split)
         self.n_clean = 0
         if clean_split:
-            self.clean_tokens, self.n_clean = self.open(cfg, meta, clean_split)
+            self.clean_tokens, self.n_clean = self.open_split(cfg, meta, clean_split)
         # Text for fine-tuning has a mask: 1 where a token belongs to an answer.
         self.answers = None
         mask_path = Path(cfg.data) / f"{split}_mask.bin"
         if mask_path.exists():
             self.answers = np.memmap(mask_path, dtype=np.uint8, mode="r")
 
-    def open(self, cfg, meta, split):
+    def open_split(self, cfg, meta, split):
         """The tokens of a split, and how many windows they are."""
         path = Path(cfg.data) / f"{split}.bin"
         if split not in meta["tokens"]:
@@ -1021,7 +1021,7 @@ def models_before(cfg):
         if path.endswith(".pt"):
             records = load_checkpoint(path)["records"]
             before.update(records[0].get("models_before", {}))
-            before[path] = records[-1]["tokens"]
+            before[os.path.normpath(path)] = records[-1]["tokens"]
     return before
 
 
@@ -1328,9 +1328,9 @@ def arm_config(cfg, stage):
         name = f"{stage}-{select}"
     if not cfg.name and cfg.mix:
         name += "-mix"
-    reference = cfg.reference
-    if not reference and NEEDS[select] not in ([], ["truth"]):
-        reference = f"{cfg.out}/ref.pt"
+    reference = ""
+    if NEEDS[select] not in ([], ["truth"]):
+        reference = cfg.reference or f"{cfg.out}/ref.pt"
     return replace(
         cfg,
         stage=stage,
