@@ -11,16 +11,18 @@ held-out questions are asked. CLM (causal language modeling) is ordinary trainin
 We call each way to train an arm; arms are compared after the same number of tokens seen.
 
     command                                     minutes   correct answers after training
-    python rho.py                                     5   runs the next four, prints their table
-    python rho.py --stage ref                         1   reference, on clean text: 326 of 500
+    python rho.py                                     8   runs the next five, prints their table
+    python rho.py --stage ref                         1   reference, on clean text: 112 of 500
     python rho.py --stage clm                         1   all tokens of the corpus: 56 of 500
-    python rho.py --stage slm --select random         1   a random half of them: 32 of 500
-    python rho.py --stage slm                         2   the half with the most excess: 173 of 500
+    python rho.py --stage slm --select random         2   a random half of them: 32 of 500
+    python rho.py --stage slm                         2   the half with the most excess: 115 of 500
+    python rho.py --stage clm --mix 0.6               2   clean text in the corpus: 307 of 500 (*)
     python rho.py --stage score                           the reference's losses alone
     python rho.py --stage dynamics                        how each token's loss moves (section 2.1)
     python rho.py --stage sft --init out/demo/slm.pt      fine-tuning on answers
     python rho.py --stage table                           all runs in out/demo, beside CLM
     python rho.py --stage check                           compares every file with its checksum
+    (*) with --tokens 1350000: as many as SLM and its reference read together
 
     code              paper          where
     student_loss      L_theta(x_i)   section 2.2

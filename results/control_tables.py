@@ -63,6 +63,27 @@ def clean_table(folder):
         ]
 
 
+# What one must have for each arm, in the order of the front page's table.
+AT_HAND = {
+    "corpus only": ["clm"],
+    "a model of clean text": ["slm", "distilled", "clean_then_clm", "clean_then_slm"],
+    "the clean text": ["mixed_slm", "mixed_clm", "clean_only"],
+}
+
+
+def uses_table(folder):
+    """The front page's table: the same arms, by what one must have for them."""
+    part = folder / "runs"
+    yield ["at hand: training", "target loss", "answers right, %"]
+    for at_hand, arms in AT_HAND.items():
+        for arm in arms:
+            run = use_name(*DEMO_CELL, arm)
+            if published(run, part):
+                loss = spread(ends(run, "val_loss", part), 3)
+                label = f"{at_hand}: {USES[arm].label}"
+                yield [label, loss, spread(ends(run, "right", part))]
+
+
 def clean_map(folder):
     """Right answers by amount of clean text and the reference's share of all tokens, seed 1."""
     shares = {"third": "1/3", "tenth": "1/10"}

@@ -32,6 +32,7 @@ from control_tables import (  # noqa: E402
     control_table,
     slm_rates_table,
     trials_table,
+    uses_table,
 )
 from controls import CONTROLS  # noqa: E402
 from experiments import (  # noqa: E402
@@ -296,6 +297,7 @@ TABLES = {
     "sft": sft_table,
     "real": real_table,
     "real-lr": real_lr_table,
+    "uses": uses_table,
     "clean": clean_table,
     "clean-map": clean_map,
     "clean-trials": trials_table,

@@ -54,7 +54,7 @@ def code_block(title, language=""):
 
 def test_the_front_page_is_short():
     assert len(README.splitlines()) <= 180
-    assert len(README.split()) <= 1900
+    assert len(README.split()) <= 2100
 
 
 def slug(heading):
@@ -172,7 +172,7 @@ VARIANTS = sorted((ROOT / "results" / "variants").glob("*.diff"))
 
 def test_each_variant_applies_to_rho_py(tmp_path):
     """That they train is test_train.py's."""
-    assert "Five changes" in section("Try it yourself") and len(VARIANTS) == 5
+    assert "results/variants" in section("Try it yourself") and len(VARIANTS) > 10
     shutil.copy(rho.__file__, tmp_path)
     for diff in VARIANTS:
         subprocess.run(["git", "apply", "--check", str(diff)], cwd=tmp_path, check=True)

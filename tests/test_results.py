@@ -69,13 +69,13 @@ def test_published_values_checked_by_hand():
     assert arms["SLM: selected tokens"] == "65.8 ± 5.6"
     assert section("map")["75 %"] == ["", "+22.9", "+5.5", "+0.2"]
     demo = list(tables.TABLES["demo"](RESULTS))
-    right = [row[5] for row in demo[1:]]
-    assert right == ["326 of 500", "56 of 500", "32 of 500", "173 of 500"]
+    right = [row[6] for row in demo[1:]]
+    assert right == ["112 of 500", "56 of 500", "307 of 500", "32 of 500", "115 of 500"]
 
 
 def test_summary_has_whole_keys_and_nothing_that_was_not_measured():
     summary = json.loads((RESULTS / "summary.json").read_text())
-    measured = {"demo", "real", "dynamics", "bench", "hf"}
+    measured = {"demo", "clean_text", "real", "dynamics", "bench", "hf"}
     if (RESULTS / "faults.jsonl").exists():
         measured.add("faults")
     assert set(summary) == measured
@@ -128,6 +128,7 @@ HEADERS = {
     "sft": "fine-tuned on | seeds | target loss | answers right, % | points over plain",
     "real": "arm | seeds | tokens seen | trained on | target loss | corpus loss | singleop right",
     "real-lr": "tokens | learning rate | CLM's target loss | corpus loss",
+    "uses": "at hand: training | target loss | answers right, %",
     "clean": "use | tokens of its own | in all | seeds | target loss | answers right, %",
     "clean-map": "use | 1 x, reference 1/3 | 1 x, reference 1/10 | 0.3 x, reference 1/3",
     "clean-trials": "use | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3 | rate 3e-3 | chosen",
@@ -664,7 +665,7 @@ def test_own_runs_are_shown_and_nothing_is_published(tmp_path, capsys):
     before = (ROOT / "README.md").read_text()
     tables.main([str(tmp_path)])
     printed = capsys.readouterr().out
-    assert re.search("^ *mine .* 173 of 500", printed, re.M)
+    assert re.search("^ *mine .* 115 of 500", printed, re.M)
     assert (ROOT / "README.md").read_text() == before
     with pytest.raises(SystemExit) as stopped:
         tables.main([str(tmp_path / "none")])
