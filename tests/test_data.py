@@ -638,7 +638,7 @@ TEXT = b'{"text": "' + b"words and words " * 9 + b'"}\n'
         ("d.parquet", b"PAR1 and no more", "cut short"),
         ("e.json", b'[{"text": "a"}, {"text": "b', "cut short"),
         ("e.json", b'[{"text": "a"}, {"text": "b"}', "cut short"),
-        ("f.txt", gzip.compress(TEXT), "gzip"),
+        ("f.txt", gzip.compress(TEXT, mtime=0), "gzip"),
         ("f.jsonl", zst(TEXT), "zstandard"),
         ("g.jsonl", b"version https://git-lfs.github.com/spec/v1\noid 4d7\n", "git lfs pull"),
         ("g.parquet", b"version https://git-lfs.github.com/spec/v1\noid 4d7\n", "git-LFS"),
