@@ -1311,14 +1311,14 @@ def prepare_demo(
         question, segments = problem(rng)
         held[question] = segments
     towns = make_towns(rng)
-    clean_text = [fresh_problem(rng, held) for _ in range(max(n_ref, 1500))]
+    clean_text = [fresh_problem(rng, held) for _ in range(n_ref)]
     # The tokenizer sees pages as they are by default, so that it does not depend on the knobs.
     usual_pages = pages(random.Random(seed + 1), held, towns, 0.75, 1)
     spec = demo_tokenizer([*clean_text[:1500], *islice(usual_pages, 300)], vocab)
     encoding = get_tokenizer(spec)
     corpus = pages(random.Random(seed + 2), held, towns, wrong, dirty)
     splits = {  # written in this order: val_corpus goes on where train ends
-        "ref": (iter(clean_text[:n_ref]), np.inf),
+        "ref": (iter(clean_text), np.inf),
         "train": (corpus, n_train),
         "val": (iter(held.values()), np.inf),
         "val_corpus": (corpus, n_train // 40),

@@ -600,6 +600,8 @@ def test_published_runs_are_comparable():
 
 def is_set_to(setting, text):
     """Whether a logged setting is what the flag said: 0.002 is 2e-3."""
+    if isinstance(setting, bool):
+        return text == str(setting).lower()
     if isinstance(setting, (int, float)):
         return setting == float(text)
     return setting == text
