@@ -24,7 +24,7 @@ from controls import (  # noqa: E402
     CONTROL_SLM,
     CONTROLS,
     SLM_RATES,
-    TRIED_RATES,
+    TRIED,
     USES,
     trial_name,
     use_name,
@@ -66,8 +66,8 @@ def published(run, part="runs"):
 MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
 DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
-TRIALS = [trial_name(arm, rate) for arm in ("ref", *USES) for rate in TRIED_RATES]
-SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED_RATES, *SLM_RATES)]
+TRIALS = [trial_name(arm, rate) for arm, rates in TRIED.items() for rate in rates]
+SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED["slm"], *SLM_RATES)]
 # {table: the files that it is made from, as patterns within results/}.
 SOURCES = {
     "main": MAIN_LOGS,

@@ -131,7 +131,7 @@ HEADERS = {
     "uses": "at hand: training | target loss | answers right, %",
     "clean": "use | tokens of its own | in all | seeds | target loss | answers right, %",
     "clean-map": "use | 1 x, reference 1/3 | 1 x, reference 1/10 | 0.3 x, reference 1/3",
-    "clean-trials": "use | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3 | rate 3e-3 | chosen",
+    "clean-trials": "use | rate 1.9e-4 | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3",
     "units": "trained on | seeds | tokens trained on | target loss | answers right, %",
     "no-reference": "trained on | seeds | tokens trained on | target loss | answers right, %",
     "when": "trained on | seeds | tokens trained on | target loss | answers right, %",
