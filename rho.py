@@ -224,7 +224,9 @@ class Config:
     # Selection: the paper's part.
     select: str = option("", "rule; default: excess for slm, else all", choices=("", *NEEDS))
     reference: str = option("", "checkpoint or Hugging Face folder of the reference [OUT/ref.pt]")
-    ratio: float = option(0.5, "share of the tokens trained on (paper: 0.6)", above=0, most=1)
+    ratio: float = option(
+        0.5, "share of the corpus's tokens to select (paper: 0.6)", above=0, most=1
+    )
     threshold: float | None = option(None, "in place of ratio: all that score above it")
     mix: float = option(
         0.0, "share of windows that are clean text, all trained on", least=0, most=0.9
@@ -315,8 +317,9 @@ def train(cfg, run, split):
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
-            x, y, valid, rule_values = fetch(run, windows, inputs, ids)  # (B, T) each
-            clean = run.put(windows.is_clean(ids))  # (B, 1)
+            x, y, valid, rule_values = fetch(run, windows, inputs, ids)
+            # With --mix, some windows are of the clean text, the others of the corpus.
+            corpus = run.put(~windows.is_clean(ids))  # (B,)
             # For --select random: a resumed run draws the same numbers.
             generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
@@ -333,11 +336,13 @@ def train(cfg, run, split):
                 else:
                     student_loss = token_loss(model.head(hidden), y)  # (B, T)
                 check_finite(student_loss, f"{cfg.name}: the loss", f"step {step}, windows {ids}")
-                # 2. What each token is worth.
-                score = score_tokens(cfg.select, student_loss, **rule_values, generator=generator)
-                # 3. The tokens to train on: of clean text all (--mix), of the corpus the selected.
-                mask = select_tokens(score, cfg.ratio, cfg.threshold, valid & ~clean)  # (B, T)
-                mask = mask.masked_fill(clean, 1)
+                # 2. What each token of the corpus is worth.
+                corpus_loss = student_loss[corpus]  # (windows of the corpus, T)
+                score = score_tokens(cfg.select, corpus_loss, **rule_values, generator=generator)
+                # 3. The tokens to train on: the best of the corpus, and all of clean windows.
+                chosen = select_tokens(score, cfg.ratio, cfg.threshold, valid[corpus])
+                mask = torch.ones_like(student_loss, dtype=chosen.dtype)  # (B, T)
+                mask[corpus] = chosen
                 # 4. The loss on those tokens: their mean times their number, a sum, for `take_step`
                 #    forms one mean over the whole batch. (Fast: gradient for these tokens only.)
                 if cfg.fast:
@@ -379,15 +384,15 @@ def train(cfg, run, split):
 
 
 def fetch(run, windows, inputs, ids):
-    """Windows on the device: their inputs, targets, what may be trained on, the rule's inputs."""
+    """Windows on the device: inputs, targets, what may be trained on (B, T), the rule's inputs.
+
+    The rule's inputs are of the corpus's windows alone: clean text is not ranked.
+    """
     x, y = windows[ids]
     rule_values = {}
-    is_corpus = ids < windows.n
+    corpus_ids = ids[ids < windows.n]
     for name, values in inputs.items():
-        # Clean windows have no stored values and need none: all their tokens are trained on.
-        stored = np.zeros((len(ids), windows.T), np.float32)
-        stored[is_corpus] = values[ids[is_corpus]]
-        rule_values[name] = run.put(torch.from_numpy(stored))
+        rule_values[name] = run.put(torch.from_numpy(values[corpus_ids]).float())
     return run.put(x), run.put(y), run.put(windows.valid(ids)), rule_values
 
 
@@ -558,8 +563,8 @@ class Windows:
         return first + np.arange(self.T + 1)  # (B, T + 1)
 
     def is_clean(self, ids):
-        """Which windows are of the clean text, bool (B, 1)."""
-        return torch.from_numpy(np.asarray(ids) >= self.n)[:, None]
+        """Which windows are of the clean text, bool (B,)."""
+        return torch.from_numpy(np.asarray(ids) >= self.n)
 
     def __getitem__(self, ids):
         ids = np.asarray(ids)
@@ -587,8 +592,9 @@ def permutation(n, seed, epoch):
 def batch(n, size, seed, step, mix=0.0, n_clean=0):
     """The window numbers (size,) of a step, out of n windows, or of n_clean more of clean text.
 
-    A pure function of seed and step: all arms see the same windows in the same order, and a
-    resumed run continues where it stopped. Each epoch has every window once, in its own order.
+    A pure function of seed and step: all arms of one --mix see the same windows in the same order,
+    and a resumed run continues where it stopped. Each epoch of a text has every window once, in an
+    order of its own.
     """
     windows = []
     for position in range(step * size, (step + 1) * size):
@@ -800,6 +806,8 @@ def command_for(path, cfg):
     stage, _, rule = path.stem.partition("-")
     if path.stem in STAGE_RULES:
         return command_line(here, stage)
+    if path.stem in ("clm-mix", "slm-mix"):
+        return command_line(here, f"{stage} --mix {DEMO_MIX}")
     if stage in STAGE_RULES and rule in NEEDS:
         return command_line(here, f"{stage} --select {rule}")
     return command_line(here, f"ref --name {path.stem}")
@@ -903,7 +911,10 @@ def code_hash(*objects):
     """A hash of the files that define the objects. Comments and docstrings may change."""
     digest = sha256()
     for file in [inspect.getsourcefile(defined) for defined in objects]:
-        tree = ast.parse(Path(file).read_text())
+        try:
+            tree = ast.parse(Path(file).read_text())
+        except SystemError as error:  # so CPython says that a signal came while it was parsing
+            raise KeyboardInterrupt from error
         for node in ast.walk(tree):
             may_have_docstring = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
             if may_have_docstring and ast.get_docstring(node):
@@ -1024,6 +1035,8 @@ def models_before(cfg):
             records = load_checkpoint(path)["records"]
             before.update(records[0].get("models_before", {}))
             before[os.path.normpath(path)] = records[-1]["tokens"]
+        elif path:
+            before[path] = None  # of a Hugging Face folder it is not known
     return before
 
 
@@ -1199,7 +1212,7 @@ def why_not_comparable(records, clm):
     for key, clm_value in clm_header["config"].items():
         mine = header["config"].get(key)
         if key not in MAY_DIFFER and mine != clm_value:
-            reasons.append(f"{key} {mine}, not {clm_value}")
+            reasons.append(f"{key} {shown(mine)}, not {shown(clm_value)}")
     # Beyond the flags: the text, the data's files, the first weights, the number of processes.
     mine, theirs = header.get("identity", {}), clm_header.get("identity", {})
     for key in theirs:
@@ -1211,6 +1224,10 @@ def why_not_comparable(records, clm):
     return reasons
 
 
+def shown(setting):
+    return "none" if setting == "" else setting
+
+
 def table_rows(runs):
     """The table of {name: records} as rows of strings, the header first."""
     titles = ["run", "tokens seen", "in all", "trained on", "target loss", "corpus loss", "right"]
@@ -1220,6 +1237,9 @@ def table_rows(runs):
         right = "-"
         if "right" in last:
             right = f"{last['right']} of {last['questions']}"
+        in_all = f"{tokens_in_all(records):,}"
+        if None in records[0].get("models_before", {}).values():
+            in_all += " + ?"
         mark = ""
         if "clm" in runs and name != "ref" and why_not_comparable(records, runs["clm"]):
             mark = " *"
@@ -1227,7 +1247,7 @@ def table_rows(runs):
             [
                 name + mark,
                 f"{last['tokens']:,}",
-                f"{tokens_in_all(records):,}",
+                in_all,
                 f"{last['trained']:,}",
                 f"{last['val_loss']:.3f}",
                 f"{last['val_corpus_loss']:.3f}",
@@ -1240,14 +1260,23 @@ def table_rows(runs):
 
 def tokens_in_all(records):
     """Tokens seen by a run, by its reference, and by the model that it started from."""
-    return records[-1]["tokens"] + sum(records[0].get("models_before", {}).values())
+    before = records[0].get("models_before", {}).values()
+    return records[-1]["tokens"] + sum(tokens or 0 for tokens in before)
 
 
 def equal_in_all(name, runs):
-    """The other runs that cost as many tokens in all, within one percent."""
+    """The other runs that differ in tokens and start alone, and cost as many in all, within 1 %."""
     mine = tokens_in_all(runs[name])
-    others = [other for other in runs if other != name]
-    return [other for other in others if abs(tokens_in_all(runs[other]) / mine - 1) < 0.01]
+    found = []
+    for other, records in runs.items():
+        reasons = why_not_comparable(records, runs[name])
+        same_setting = all(
+            reason.startswith(("tokens", "init", "another first")) for reason in reasons
+        )
+        same_cost = abs(tokens_in_all(records) / mine - 1) < 0.01
+        if other not in (name, "ref") and same_setting and same_cost:
+            found.append(other)
+    return found
 
 
 def table_notes(runs):
@@ -1272,8 +1301,8 @@ def table_notes(runs):
         if code_of(records) != code_of(clm):
             notes.append(f"{name} was run by other code than clm. If it changes clm, run clm again")
         config = records[0]["config"]
-        if config.get("mix") and config["select"] != "all":
-            notes.append(f"{name} has clean text mixed in, clm has not: compare it with clm-mix")
+        if config.get("mix"):
+            notes.append(f"{name} has clean text in its corpus, clm has not")
         for key, words in {"right": "accuracy", "val_loss": "target loss"}.items():
             # A goal of 0 right answers is reached by every run: skip it.
             if key in records[-1] and clm[-1].get(key):
@@ -1293,7 +1322,11 @@ def reach_note(name, records, clm_record, key, words):
     if tokens == clm_record["tokens"]:
         return f"{name} is at clm's final {words} at the end, not sooner"
     times = clm_record["tokens"] / tokens
-    return f"{name} is at clm's final {words} after {tokens:,} tokens: {times:.1f} times fewer"
+    note = f"{name} is at clm's final {words} after {tokens:,} tokens: {times:.1f} times fewer"
+    before = tokens_in_all(records) - records[-1]["tokens"]
+    if before:
+        note += f", {before:,} of its reference not counted"
+    return note
 
 
 def show_table(folder):

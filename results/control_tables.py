@@ -66,7 +66,7 @@ def clean_table(folder):
 # What one must have for each arm, in the order of the front page's table.
 AT_HAND = {
     "corpus only": ["clm"],
-    "a model of clean text": ["slm", "distilled", "clean_then_clm", "clean_then_slm"],
+    "a model of clean text": ["ref", "slm", "distilled", "clean_then_clm", "clean_then_slm"],
     "the clean text": ["mixed_slm", "mixed_clm", "clean_only"],
 }
 
@@ -75,12 +75,13 @@ def uses_table(folder):
     """The front page's table: the same arms, by what one must have for them."""
     part = folder / "runs"
     yield ["at hand: training", "target loss", "answers right, %"]
+    labels = {"ref": "that model itself", **{arm: use.label for arm, use in USES.items()}}
     for at_hand, arms in AT_HAND.items():
         for arm in arms:
             run = use_name(*DEMO_CELL, arm)
             if published(run, part):
                 loss = spread(ends(run, "val_loss", part), 3)
-                label = f"{at_hand}: {USES[arm].label}"
+                label = f"{at_hand}: {labels[arm]}"
                 yield [label, loss, spread(ends(run, "right", part))]
 
 
@@ -132,11 +133,12 @@ def clean_sentences(folder):
     part = folder / "runs"
     slm = use_name(*DEMO_CELL, "slm")
     seeds = len(published(slm, part))
-    yield f"In points with 95 % intervals, paired over {seeds} seeds:"
+    intervals = f"with 95 % intervals, paired over {seeds} seeds" if seeds > 1 else "one seed"
+    yield f"In points, {intervals}:"
     pairs = {
-        "SLM": ("slm", ["clm", "mixed_clm", "distilled", "clean_only"]),
-        "clean text, then SLM": ("clean_then_slm", ["clean_then_clm", "slm", "mixed_clm"]),
-        "SLM on corpus and clean text": ("mixed_slm", ["mixed_clm", "clean_only"]),
+        "SLM": ("slm", ["clm", "distilled", "ref"]),
+        "SLM begun from the reference": ("clean_then_slm", ["clean_then_clm", "ref"]),
+        "SLM on corpus and clean text": ("mixed_slm", ["mixed_clm"]),
     }
     lines = []
     for label, (arm, others) in pairs.items():
@@ -144,7 +146,8 @@ def clean_sentences(folder):
         for other in others:
             points = gains(use_name(*DEMO_CELL, arm), use_name(*DEMO_CELL, other), "right", part)
             if points:
-                words.append(f"{mean_interval(points)} over {USES[other].label}")
+                over = "the reference" if other == "ref" else USES[other].label
+                words.append(f"{mean_interval(points)} over {over}")
         lines.append(f"{label} {', '.join(words)}")
     yield f"{'; '.join(lines)}."
 
@@ -155,7 +158,7 @@ def clean_sentences(folder):
 def control_table(name, folder):
     """Runs at the demo's length beside SLM, and CLM."""
     part = folder / "runs"
-    header = ["trained on", "seeds", "tokens trained on", "target loss", "answers right, %"]
+    header = ["trained on", "seeds", "in all", "trained on", "target loss", "answers right, %"]
     yield [*header, "points over CLM"]
     rows = {"all tokens (CLM)": CONTROL_CLM, "tokens, by excess (SLM)": CONTROL_SLM}
     rows.update({control.label: run for run, control in CONTROLS[name].items()})
@@ -164,7 +167,8 @@ def control_table(name, folder):
         if not logs:
             continue
         points = gains(run, CONTROL_CLM, "right", part)
-        row = [label, str(len(logs)), f"{logs[0][-1]['trained']:,}"]
+        row = [label, str(len(logs)), f"{tokens_in_all(logs[0]):,}"]
+        row.append(f"{logs[0][-1]['trained']:,}")
         row.append(spread(ends(run, "val_loss", part), 3))
         yield [*row, spread(ends(run, "right", part)), mean_interval(points)]
 

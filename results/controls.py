@@ -1,6 +1,6 @@
 """Controls: other uses of the clean text, other units and rules, other masks: the commands.
 
-experiments.py prints them. Arms and settings were fixed on seed 1, before seeds 2 to 5 were run.
+experiments.py prints them. Arms and settings were fixed on seed 1, before other seeds were run.
 """
 
 from typing import NamedTuple
@@ -37,9 +37,11 @@ USES = {
     "clean_only": Use("clean text alone", "--stage ref", needs_ref=False),
     "clm": Use("CLM on the corpus", "--stage clm", needs_ref=False),
     "mixed_clm": Use("CLM on corpus and clean text", "--stage clm --mix MIX", needs_ref=False),
-    "clean_then_clm": Use("clean text, then CLM", "--stage clm --init REF"),
+    "clean_then_clm": Use("begun from the reference: CLM", "--stage clm --init REF"),
     "slm": Use("SLM (the paper's)", "--stage slm --reference REF"),
-    "clean_then_slm": Use("clean text, then SLM", "--stage slm --reference REF --init REF"),
+    "clean_then_slm": Use(
+        "begun from the reference: SLM", "--stage slm --reference REF --init REF"
+    ),
     "mixed_slm": Use("SLM on corpus and clean text", "--stage slm --reference REF --mix MIX"),
     "distilled": Use("distillation", "--stage clm --reference REF --fast false"),
 }
@@ -56,7 +58,7 @@ TRIED = {
     "mixed_slm": TRIED_RATES[1:],
     "distilled": TRIED_RATES[1:4],
 }
-# The best of them by answers, or one within two points of it that is better by held-out loss.
+# The best of them by answers, or one within two points of it.
 RATES = {
     "ref": "1.5e-3",
     "clean_only": "1.5e-3",
@@ -199,7 +201,7 @@ CONTROLS = {
         "control-by-small": Control("mask by a small CLM (2 x 64)", "fixed", OTHER.format("small")),
     },
 }
-# SLM's own learning rates, the same as CLM's; the others are runs of clean-trials.
+# The two rates of CLM's sweep that clean-trials lacks, for SLM.
 SLM_RATES = ["5e-4", "1e-3"]
 
 

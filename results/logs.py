@@ -96,7 +96,7 @@ SOURCES = {
     "sft": ["runs/seed*/sft-*.jsonl"],
     "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
     "real-lr": ["real/seed1/lr*.jsonl"],
-    "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES[1:]],  # without the reference itself
+    "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean-map": ["runs/seed1/use-*.jsonl"],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],

@@ -200,14 +200,16 @@ def test_trap_clean_windows_read_from_the_corpus_or_out_of_order(tmp_path):
     x, y = windows[ids]
     assert x.tolist() == [[*range(first, first + 7)] for first in (114, 0, 100, 21)]
     assert y.equal(x + 1)
-    assert windows.is_clean(ids).tolist() == [[True], [False], [True], [False]]
+    assert windows.is_clean(ids).tolist() == [True, False, True, False]
     assert windows.valid(ids).all()
 
 
 def test_trap_absolute_value_or_softmax_of_the_excess():
     """Signed: a token that the student knows far better than the reference comes last."""
     student, ref = torch.tensor([0.1, 1.0, 1.0]), torch.tensor([9.0, 0.9, 1.0])
-    assert score_tokens("excess", student, ref).argsort(descending=True).tolist() == [1, 2, 0]
+    score = score_tokens("excess", student, ref)
+    assert score.argsort(descending=True).tolist() == [1, 2, 0]
+    torch.testing.assert_close(score, torch.tensor([-8.9, 0.1, 0.0]))  # in nats, no softmax
 
 
 def test_trap_mask_inverted():

@@ -424,7 +424,23 @@ def test_mix_clean_windows_need_no_stored_score(cfg):
     a, b = scored.nonzero()[0][:2]
     ids = np.array([windows.n, a, windows.n + 5, b])
     values = rho.fetch(run, windows, {"ref_loss": scores}, ids)[3]["ref_loss"].numpy()
-    assert (values[[1, 3]] == scores[[a, b]]).all() and np.isfinite(values).all()
+    assert (values == scores[[a, b]]).all() and np.isfinite(values).all()
+
+
+def test_mix_a_rule_of_ones_own_sees_the_corpus_alone(cfg, monkeypatch):
+    """Also one that divides by what a clean window has not: it would be 0 / 0."""
+    go(cfg, "ref")
+    seen = []
+
+    def divided(select, student_loss, ref_loss, generator):
+        seen.append((len(student_loss), len(ref_loss)))
+        return -ref_loss / ref_loss
+
+    monkeypatch.setattr(rho, "score_tokens", divided)
+    go(cfg, "slm", mix=0.3, name="divided")
+    windows = [batch(100, cfg.batch_size, 1, step, 0.3, 50) for step in range(cfg.steps)]
+    corpus = sum(int((ids < 100).sum()) for ids in windows)
+    assert sum(n for n, _ in seen) == sum(n for _, n in seen) == corpus
 
 
 def test_interrupted_scoring_goes_on(cfg, monkeypatch):
