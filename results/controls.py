@@ -25,7 +25,7 @@ CLEAN_CELLS = {("1", "third"): (1, 2)}
 
 
 class Use(NamedTuple):
-    """A way to use clean text. `tokens`: whether it needs a reference first, which counts."""
+    """A way to use clean text. needs_ref: it needs a reference first, whose tokens count."""
 
     label: str
     flags: str
