@@ -309,9 +309,8 @@ def train(cfg, run, split):
 
     for step in run.bar(range(first_step, cfg.steps), cfg.name, cfg.batch_size * cfg.block_size):
         started = time.time()
-        # This rank's share of the step's windows.
         step_windows = batch(windows.n, cfg.batch_size, cfg.seed, step, cfg.mix, windows.n_clean)
-        my_windows = step_windows[run.rank :: run.world]
+        my_windows = run.share(step_windows)
         # Loss of the selected tokens, loss of all tokens, sum of the mask, number of the selected.
         step_sums = torch.zeros(4, device=run.device)
 
@@ -1091,6 +1090,14 @@ class Run:
     def meta(self):
         return load_meta(self.data)
 
+    def share(self, step_windows):
+        """This rank's part of a step's windows.
+
+        Pieces, not every n-th: with --mix clean windows come at intervals, and one rank could get
+        them all.
+        """
+        return np.split(step_windows, self.world)[self.rank]
+
     def put(self, tensor):
         """The tensor on the device. From pinned memory it is copied while the device computes."""
         if self.cuda:
@@ -1191,17 +1198,8 @@ def tokens_to_reach(records, goal_record, key):
 # and those of where and how a run is computed.
 MAY_DIFFER = {
     *("select", "ratio", "threshold", "reference", "mix"),
-    *("stage", "name", "out", "data", "device"),
-    *(
-        "fast",
-        "compile",
-        "recompute",
-        "restart",
-        "save_minutes",
-        "evals",
-        "ref_tokens",
-        "sft_tokens",
-    ),
+    *("stage", "name", "out", "data", "device", "fast", "compile", "recompute"),
+    *("restart", "save_minutes", "evals", "ref_tokens", "sft_tokens"),
 }
 
 
@@ -1490,7 +1488,8 @@ def run_stage(cfg):
         train_arm(cfg, run, cfg.stage)
     suggestion = {"ref": "slm", "score": "slm", "clm": "slm", "slm": "table", "sft": "table"}
     if cfg.stage in suggestion:
-        run.say(f"next: {command_line(cfg, suggestion[cfg.stage])}")
+        stage = "table" if cfg.mix else suggestion[cfg.stage]
+        run.say(f"next: {command_line(cfg, stage)}")
     # With gloo, a process that ends before the others makes them crash.
     run.wait()
     if run.world > 1:

@@ -845,6 +845,15 @@ def test_mix_is_in_the_default_name(cfg):
     assert rho.arm_config(replace(cfg, mix=0.0), "slm").name == "slm"
 
 
+def test_mix_is_followed_by_the_table(cfg, capsys):
+    """Not by --stage slm, which would be another setting."""
+    here = f"--data {cfg.data} --out {cfg.out}"
+    rho.run_stage(replace(cfg, stage="ref"))
+    assert capsys.readouterr().out.endswith(f"next: python rho.py --stage slm {here}\n")
+    rho.run_stage(replace(cfg, stage="clm", mix=0.3))
+    assert capsys.readouterr().out.endswith(f"next: python rho.py --stage table {here}\n")
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -1000,6 +1009,20 @@ def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks, mix):
     n_clean = int(40 * mix)
     expected = n_clean * 64 + (40 - n_clean) * round(0.6 * 64)
     assert checkpoint["records"][-1]["trained"] == alone[-1]["trained"] == expected
+
+
+@pytest.mark.parametrize("mix", [0.25, 0.5, 0.6])
+def test_mix_gives_each_rank_its_part_of_the_clean_windows(cfg, mix):
+    """Every second window to a rank would give all clean ones, at a mix of 0.5, to one of two."""
+    ranks = [Run(cfg), Run(cfg)]
+    for number, run in enumerate(ranks):
+        run.rank, run.world = number, 2
+    for step in range(10):
+        windows = batch(100, 8, 7, step, mix, 60)
+        shares = [run.share(windows) for run in ranks]
+        assert np.concatenate(shares).tolist() == windows.tolist()
+        clean = [int((share >= 100).sum()) for share in shares]
+        assert max(clean) - min(clean) <= 1
 
 
 def test_a_rank_that_dies_ends_the_job_with_one_line(cfg, two_ranks):
