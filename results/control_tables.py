@@ -7,11 +7,14 @@ from controls import (
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
+    MIX,
     RATES,
     REF_TOKENS,
     SLM_RATES,
+    TRIED_MIX,
     TRIED_RATES,
     USES,
+    mix_trial_name,
     trial_name,
     use_name,
 )
@@ -101,6 +104,22 @@ def clean_map(folder):
         records = published(use_name(amount, share, "ref"), folder / "runs").get(1)
         row.append(f"{right(records):.1f}" if records else "")
     yield row
+
+
+def map_sentences(folder):
+    yield "CLM on both texts, by the share of clean text in the mixture (the table's is set bold):"
+    found = []
+    for amount, shares in TRIED_MIX.items():
+        words = []
+        for mix in sorted([MIX[amount], *shares], key=float):
+            records = published(mix_trial_name(amount, mix), folder / "runs").get(1)
+            if records:
+                share = f"{100 * float(mix):.0f} %"
+                if mix == MIX[amount]:
+                    share = f"**{share}**"
+                words.append(f"{share} {right(records):.1f}")
+        found.append(f"{amount} x: {', '.join(words)}")
+    yield f"{'; '.join(found)}."
 
 
 def right(records):

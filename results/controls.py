@@ -46,14 +46,14 @@ USES = {
     "distilled": Use("distillation", "--stage clm --reference REF --fast false"),
 }
 # What was tried on seed 1 of the demo's cell, with a reference at 7.5e-4, before the other runs.
-TRIED_RATES = ["1.9e-4", "3.75e-4", "7.5e-4", "1.5e-3", "3e-3"]
+TRIED_RATES = ["1.9e-4", "3.75e-4", "7.5e-4", "1.5e-3", "3e-3", "6e-3"]
 TRIED = {
-    "ref": TRIED_RATES[2:],
-    "clean_only": TRIED_RATES[1:],
+    "ref": TRIED_RATES[2:5],
+    "clean_only": TRIED_RATES[1:5],
     "clm": TRIED_RATES[2:4],
-    "mixed_clm": TRIED_RATES[1:],
+    "mixed_clm": TRIED_RATES[1:5],
     "clean_then_clm": TRIED_RATES[:4],
-    "slm": TRIED_RATES[1:],
+    "slm": TRIED_RATES[1:5],
     "clean_then_slm": TRIED_RATES[:4],
     "mixed_slm": TRIED_RATES[1:],
     "distilled": TRIED_RATES[1:4],
@@ -70,8 +70,9 @@ RATES = {
     "mixed_slm": "3e-3",
     "distilled": "7.5e-4",
 }
-# The share of clean text in a mixture.
+# The share of clean text in a mixture, chosen for CLM, and the others that were tried (seed 1).
 MIX = {"1": "0.6", "0.3": "0.3", "0.1": "0.15"}
+TRIED_MIX = {"1": ["0.3", "0.8"], "0.3": ["0.15", "0.6"], "0.1": ["0.05", "0.3"]}
 
 
 def clean_data(amount):
@@ -108,14 +109,26 @@ def use_command(amount, share, arm, seed, rate, name, ref):
     return line
 
 
+def mix_trial_name(amount, mix):
+    """The name of a run of CLM on both texts in which a share of clean text was tried."""
+    name = use_name(amount, "third", "mixed_clm")
+    return name if mix == MIX[amount] else f"{name}-mix{mix}"
+
+
+def mix_trial_run(amount, mix):
+    line = use_run(amount, "third", "mixed_clm", 1)
+    line = line.replace(f"--mix {MIX[amount]}", f"--mix {mix}")
+    return line.replace(mix_trial_name(amount, MIX[amount]), mix_trial_name(amount, mix))
+
+
 def use_run(amount, share, arm, seed):
     name = use_name(amount, share, arm)
     return use_command(amount, share, arm, seed, RATES[arm], name, use_name(amount, share, "ref"))
 
 
-def trial_run(arm, rate):
+def trial_run(arm, rate, seed=1):
     name = trial_name(arm, rate)
-    return use_command("1", "third", arm, 1, rate, name, trial_name("ref", "7.5e-4"))
+    return use_command("1", "third", arm, seed, rate, name, trial_name("ref", "7.5e-4"))
 
 
 def changed_copy(name):
@@ -137,6 +150,9 @@ def clean_trials_commands():
     for arm, rates in TRIED.items():
         for rate in rates:
             yield trial_run(arm, rate)
+    for amount, shares in TRIED_MIX.items():
+        for mix in shares:
+            yield mix_trial_run(amount, mix)
 
 
 def clean_commands():
@@ -163,7 +179,7 @@ class Control(NamedTuple):
     flags: str = "--select excess --reference REF"
 
 
-CONTROL_SEEDS = (1,)
+CONTROL_SEEDS = (1, 2, 3)
 CONTROL_CLM = "control-clm"
 CONTROL_SLM = trial_name("slm", "7.5e-4")
 # Another student's losses, stored, in place of the student's own.
@@ -220,6 +236,8 @@ def controls_commands():
     copies = [command for name in sorted({*variants} - {""}) for command in changed_copy(name)]
     yield " && ".join(copies)
     for seed in CONTROL_SEEDS:
+        if seed > 1:  # of seed 1 they are runs of clean-trials
+            yield " && ".join(trial_run(arm, "7.5e-4", seed) for arm in ("ref", "slm"))
         for table in CONTROLS.values():
             yield " && ".join(control_run(*item, seed) for item in table.items())
 

@@ -16,7 +16,7 @@ from checks import (
     hf_summary,
     memory_sentences,
 )
-from control_tables import clean_sentences, clean_text_summary
+from control_tables import clean_sentences, clean_text_summary, map_sentences
 from experiments import (
     CLM_RUN,
     LONGER,
@@ -134,6 +134,15 @@ def arms(folder):
     yield f"In training time it is there after {sooner}."
     yield "With the training of the reference, and scoring counted as a third of CLM's time,"
     yield f"SLM takes {times_text(found['times_all'], 'times as long as CLM')}."
+
+
+def fresh(folder):
+    found = []
+    for points in gains("slm", "clm", "right", folder / "fresh"):
+        found.append(f"{points:+.1f}")
+    others = gains("slm", "clm", "right", folder / "runs")
+    yield f"SLM's points over CLM: {' and '.join(found)};"
+    yield f"of the five seeds {min(others):.1f} to {max(others):.1f}."
 
 
 def ratio(folder):
@@ -334,6 +343,7 @@ FINDINGS = {
     "main": main,
     "demo": demo,
     "arms": arms,
+    "fresh": fresh,
     "ratio": ratio,
     "dirt": dirt,
     "references": references,
@@ -349,6 +359,7 @@ FINDINGS = {
     "real": real,
     "real-lr": real_lr,
     "clean": clean_sentences,
+    "clean-map": map_sentences,
     "hours": hours,
     "faults": faults_sentences,
     "hf": hf_sentences,

@@ -3,7 +3,8 @@
     python results/logs.py --collect    copy the logs of your own runs from out/ into results/
 
 Terms: a run is one training; its log holds a header, then one record for each evaluation. An arm
-is a run's rule (CLM, SLM, ...). A part is a folder of seed*/ folders: runs (the demo) or real.
+is a run's rule (CLM, SLM, ...). A part is a folder of seed*/ folders: runs (the demo), fresh (two
+seeds more of its main table) or real.
 """
 
 import argparse
@@ -64,6 +65,7 @@ def published(run, part="runs"):
 # ---- where a table comes from --------------------------------------------------------------------
 
 MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
+FRESH_LOGS = [f"fresh/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
 DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
 TRIALS = [trial_name(arm, rate) for arm, rates in TRIED.items() for rate in rates]
@@ -73,6 +75,7 @@ SOURCES = {
     "main": MAIN_LOGS,
     "demo": ["demo/*.jsonl"],
     "arms": MAIN_LOGS,
+    "fresh": [*MAIN_LOGS, *FRESH_LOGS],
     "ratio": ["runs/seed*/ratio-*.jsonl", "runs/seed*/threshold-*.jsonl"],
     "map": ["runs/seed*/w*-*.jsonl", *BASELINES],
     "dirt": ["runs/seed*/w*-*.jsonl", *BASELINES, "runs/shares.json"],
@@ -105,7 +108,7 @@ SOURCES = {
         for table, controls in CONTROLS.items()
     },
     "slm-lr": [f"runs/seed1/{run}.jsonl" for run in SLM_TRIALS],
-    "hours": ["runs/seed*/*.jsonl", "real/base.jsonl", "real/seed*/*.jsonl"],
+    "hours": ["runs/seed*/*.jsonl", *FRESH_LOGS, "real/base.jsonl", "real/seed*/*.jsonl"],
     "faults": ["faults.jsonl"],
     "hf": ["hf.json"],
     "bench": ["bench.jsonl"],
@@ -362,6 +365,7 @@ def copy_logs(paths, source, target):
 def collect(out, data, results=HERE):
     """Logs from out/ into results/: seed 1's losses packed, answers counted, shares noted."""
     copy_logs(out.glob("seed*/*.jsonl"), out, results / "runs")
+    copy_logs(out.glob("fresh/seed*/*.jsonl"), out, results)
     real = [path for path in out.glob("real/**/*.jsonl") if "answers" not in path.name]
     copy_logs(real, out, results)
 

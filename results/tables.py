@@ -113,6 +113,20 @@ def arm_row(run, part):
     return row
 
 
+def fresh_table(folder):
+    """The same arms at seeds that nothing was chosen with."""
+    five, more = folder / "runs", folder / "fresh"
+    seeds = sorted(published("slm", more))
+    titles = ["the five seeds", *(f"seed {seed}" for seed in seeds)]
+    yield ["arm", *(f"right, %: {t}" for t in titles), *(f"target loss: {t}" for t in titles)]
+    for run in MAIN_RUNS:
+        row = [RUNS[run].label]
+        for key, digits in (("right", 1), ("val_loss", 3)):
+            row.append(spread(ends(run, key, five), digits))
+            row += [f"{end:.{digits}f}" for end in ends(run, key, more)]
+        yield row
+
+
 def map_table(folder):
     """Points over CLM, by how much of the corpus is wrong and how much of it is dirt."""
     pieces = sorted({dirty for _, dirty in DIRT})
@@ -282,6 +296,7 @@ TABLES = {
     "main": main_table,
     "demo": demo_table,
     "arms": arms_table,
+    "fresh": fresh_table,
     "ratio": partial(sweep_table, "ratio"),
     "map": map_table,
     "dirt": dirt_table,
