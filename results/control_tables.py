@@ -14,7 +14,6 @@ from controls import (
     TRIED_MIX,
     TRIED_RATES,
     USES,
-    mix_trial_name,
     trial_name,
     use_name,
 )
@@ -88,38 +87,67 @@ def uses_table(folder):
                 yield [label, loss, spread(ends(run, "right", part))]
 
 
+SHARES = {"third": "1/3", "tenth": "1/10"}
+
+
+def cells(folder):
+    """{(amount, share): {arm: right answers of seed 1, %}} of the cells that were run."""
+    found = {}
+    for amount in AMOUNTS:
+        for share in REF_TOKENS:
+            answers = {}
+            for arm in (*USES, "ref"):
+                records = published(use_name(amount, share, arm), folder / "runs").get(1)
+                if records:
+                    answers[arm] = right(records)
+            if "slm" in answers:
+                found[amount, share] = answers
+    return found
+
+
 def clean_map(folder):
     """Right answers by amount of clean text and the reference's share of all tokens, seed 1."""
-    shares = {"third": "1/3", "tenth": "1/10"}
-    cells = [(amount, share) for amount in AMOUNTS for share in REF_TOKENS]
-    yield ["use", *(f"{amount} x, reference {shares[share]}" for amount, share in cells)]
-    for arm, use in USES.items():
-        row = [use.label]
-        for amount, share in cells:
-            records = published(use_name(amount, share, arm), folder / "runs").get(1)
-            row.append(f"{right(records):.1f}" if records else "")
-        yield row
-    row = ["(the reference itself)"]
-    for amount, share in cells:
-        records = published(use_name(amount, share, "ref"), folder / "runs").get(1)
-        row.append(f"{right(records):.1f}" if records else "")
-    yield row
+    found = cells(folder)
+    yield ["use", *(f"{amount} x, reference {SHARES[share]}" for amount, share in found)]
+    labels = {**{arm: use.label for arm, use in USES.items()}, "ref": "(the reference itself)"}
+    for arm, label in labels.items():
+        yield [label, *(f"{answers[arm]:.1f}" for answers in found.values())]
+
+
+def best(answers, arms):
+    return max(answers[arm] for arm in arms)
 
 
 def map_sentences(folder):
+    """In which cells selection wins, with the clean text at hand and with a model of it only."""
+    found = cells(folder)
+    selective = [arm for arm in USES if "slm" in arm]
+    others = [arm for arm in USES if arm not in selective]
+    of_a_model = AT_HAND["a model of clean text"] + AT_HAND["corpus only"]
+    groups = {
+        "With the text at hand": (selective, [*others, "ref"]),
+        "With only the model": (
+            [arm for arm in of_a_model if arm in selective],
+            [arm for arm in of_a_model if arm not in selective],
+        ),
+    }
+    for words, (mine, rivals) in groups.items():
+        pairs = [(best(cell, mine), best(cell, rivals)) for cell in found.values()]
+        wins = sum(a > b for a, b in pairs)
+        yield f"{words}, the best arm with selection is ahead of the best without in {wins} of"
+        yield f"{len(pairs)} cells: {', '.join(f'{a:.1f} against {b:.1f}' for a, b in pairs)}."
     yield "CLM on both texts, by the share of clean text in the mixture (the table's is set bold):"
-    found = []
+    lines = []
     for amount, shares in TRIED_MIX.items():
         words = []
-        for mix in sorted([MIX[amount], *shares], key=float):
-            records = published(mix_trial_name(amount, mix), folder / "runs").get(1)
+        for mix in shares:
+            run = use_name(amount, "third", "mixed_clm", mix)
+            records = published(run, folder / "runs").get(1)
             if records:
-                share = f"{100 * float(mix):.0f} %"
-                if mix == MIX[amount]:
-                    share = f"**{share}**"
-                words.append(f"{share} {right(records):.1f}")
-        found.append(f"{amount} x: {', '.join(words)}")
-    yield f"{'; '.join(found)}."
+                mark = "**" if mix == MIX[amount] else ""
+                words.append(f"{mark}{100 * float(mix):.0f} %{mark} {right(records):.1f}")
+        lines.append(f"{amount} x: {', '.join(words)}")
+    yield f"{'; '.join(lines)}."
 
 
 def right(records):

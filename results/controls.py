@@ -21,7 +21,14 @@ REF_TOKENS = {"third": 450_000, "tenth": 135_000}
 # The amount of clean text: the demo's, three tenths of it, a tenth. {amount: problems}
 AMOUNTS = {"1": 5000, "0.3": 1500, "0.1": 500}
 # Which cells were run: {(amount, reference's share): seeds}.
-CLEAN_CELLS = {("1", "third"): (1, 2, 3, 4, 5)}
+CLEAN_CELLS = {
+    ("1", "third"): (1, 2, 3, 4, 5),
+    ("1", "tenth"): (1,),
+    ("0.3", "third"): (1,),
+    ("0.3", "tenth"): (1,),
+    ("0.1", "third"): (1,),
+    ("0.1", "tenth"): (1,),
+}
 
 
 class Use(NamedTuple):
@@ -70,9 +77,15 @@ RATES = {
     "mixed_slm": "3e-3",
     "distilled": "7.5e-4",
 }
-# The share of clean text in a mixture, chosen for CLM, and the others that were tried (seed 1).
-MIX = {"1": "0.6", "0.3": "0.3", "0.1": "0.15"}
-TRIED_MIX = {"1": ["0.3", "0.8"], "0.3": ["0.15", "0.6"], "0.1": ["0.05", "0.3"]}
+# The share of clean text in a mixture: those tried with CLM on seed 1, the first one tried, and the
+# one chosen. The name of a run with another share than the first ends in it.
+TRIED_MIX = {
+    "1": ["0.3", "0.6", "0.8"],
+    "0.3": ["0.15", "0.3", "0.6", "0.8"],
+    "0.1": ["0.05", "0.15", "0.3", "0.6"],
+}
+FIRST_MIX = {"1": "0.6", "0.3": "0.3", "0.1": "0.15"}
+MIX = {"1": "0.6", "0.3": "0.6", "0.1": "0.3"}
 
 
 def clean_data(amount):
@@ -80,11 +93,15 @@ def clean_data(amount):
     return "demo" if amount == "1" else f"clean{amount}"
 
 
-def use_name(amount, share, arm):
+def use_name(amount, share, arm, mix=None):
     """The name of a run: an arm that needs no reference is the same for every share."""
+    name = f"use-{amount}-{share}-{arm}"
     if arm in USES and not USES[arm].needs_ref:
-        return f"use-{amount}-{arm}"
-    return f"use-{amount}-{share}-{arm}"
+        name = f"use-{amount}-{arm}"
+    mix = mix or MIX[amount]
+    if arm.startswith("mixed") and mix != FIRST_MIX[amount]:
+        name += f"-mix{mix}"
+    return name
 
 
 def trial_name(arm, rate):
@@ -93,7 +110,7 @@ def trial_name(arm, rate):
     return name if rate == "7.5e-4" else f"{name}-lr{rate}"
 
 
-def use_command(amount, share, arm, seed, rate, name, ref):
+def use_command(amount, share, arm, seed, rate, name, ref, mix=None):
     """The command of one arm, or of the reference (arm "ref")."""
     if arm == "ref":
         flags = f"--stage ref --ref_tokens {REF_TOKENS[share]}"
@@ -101,7 +118,7 @@ def use_command(amount, share, arm, seed, rate, name, ref):
         use = USES[arm]
         tokens = IN_ALL - REF_TOKENS[share] * use.needs_ref
         length = "--ref_tokens" if arm == "clean_only" else "--tokens"
-        flags = f"{use.flags} {length} {tokens}".replace("MIX", MIX[amount])
+        flags = f"{use.flags} {length} {tokens}".replace("MIX", mix or MIX[amount])
         flags = flags.replace("REF", f"out/seed{seed}/{ref}.pt")
     line = rho(name, f"{flags} --lr {rate} --evals 3", seed, clean_data(amount))
     if arm == "distilled":
@@ -109,21 +126,10 @@ def use_command(amount, share, arm, seed, rate, name, ref):
     return line
 
 
-def mix_trial_name(amount, mix):
-    """The name of a run of CLM on both texts in which a share of clean text was tried."""
-    name = use_name(amount, "third", "mixed_clm")
-    return name if mix == MIX[amount] else f"{name}-mix{mix}"
-
-
-def mix_trial_run(amount, mix):
-    line = use_run(amount, "third", "mixed_clm", 1)
-    line = line.replace(f"--mix {MIX[amount]}", f"--mix {mix}")
-    return line.replace(mix_trial_name(amount, MIX[amount]), mix_trial_name(amount, mix))
-
-
-def use_run(amount, share, arm, seed):
-    name = use_name(amount, share, arm)
-    return use_command(amount, share, arm, seed, RATES[arm], name, use_name(amount, share, "ref"))
+def use_run(amount, share, arm, seed, mix=None):
+    name = use_name(amount, share, arm, mix)
+    ref = use_name(amount, share, "ref")
+    return use_command(amount, share, arm, seed, RATES[arm], name, ref, mix)
 
 
 def trial_run(arm, rate, seed=1):
@@ -152,7 +158,8 @@ def clean_trials_commands():
             yield trial_run(arm, rate)
     for amount, shares in TRIED_MIX.items():
         for mix in shares:
-            yield mix_trial_run(amount, mix)
+            if mix != MIX[amount]:  # that one is a run of `clean`
+                yield use_run(amount, "third", "mixed_clm", 1, mix)
 
 
 def clean_commands():
