@@ -4,6 +4,7 @@ import statistics
 
 from controls import (
     AMOUNTS,
+    CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
@@ -13,7 +14,9 @@ from controls import (
     SLM_RATES,
     TRIED_MIX,
     TRIED_RATES,
+    TRIED_RATIOS,
     USES,
+    ratio_name,
     trial_name,
     use_name,
 )
@@ -25,12 +28,12 @@ DEMO_CELL = ("1", "third")
 RIVAL = "mixed_clm"
 
 
-def mean_interval(values):
+def mean_interval(values, digits=1):
     """`+2.7 (0.1 to 5.3)`; of a single seed the difference alone."""
     if len(values) == 1:
-        return f"{values[0]:+.1f}"
-    mean, low, high = [round(x, 1) + 0.0 for x in interval(values)]
-    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+        return f"{values[0]:+.{digits}f}"
+    mean, low, high = [round(x, digits) + 0.0 for x in interval(values)]
+    return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 # ---- the same clean text, used otherwise ---------------------------------------------------------
@@ -136,6 +139,7 @@ def map_sentences(folder):
         wins = sum(a > b for a, b in pairs)
         yield f"{words}, the best arm with selection is ahead of the best without in {wins} of"
         yield f"{len(pairs)} cells: {', '.join(f'{a:.1f} against {b:.1f}' for a, b in pairs)}."
+    yield from close_sentences(folder / "runs")
     yield "CLM on both texts, by the share of clean text in the mixture (the table's is set bold):"
     lines = []
     for amount, shares in TRIED_MIX.items():
@@ -148,6 +152,23 @@ def map_sentences(folder):
                 words.append(f"{mark}{100 * float(mix):.0f} %{mark} {right(records):.1f}")
         lines.append(f"{amount} x: {', '.join(words)}")
     yield f"{'; '.join(lines)}."
+
+
+def close_sentences(part):
+    """The cell in which SLM on both texts is level with CLM on them, with more seeds."""
+    slm = use_name(*CLOSE_CELL, "mixed_slm")
+    clm = use_name(*CLOSE_CELL, RIVAL)
+    seeds = len(published(slm, part))
+    points = mean_interval(gains(slm, clm, "right", part))
+    nats = mean_interval(gains(slm, clm, "val_loss", part), 3)
+    kept = []
+    for ratio in TRIED_RATIOS:
+        records = published(ratio_name(ratio), part).get(1)
+        if records:
+            kept.append(f"{right(records):.1f} at {100 * float(ratio):.0f} %")
+    yield f"With the cheaper reference SLM on both texts ends at {spread(ends(slm, 'right', part))},"
+    yield f"{points} points over CLM on both, {nats} nats in target loss ({seeds} seeds);"
+    yield f"seed 1 with another share of the corpus kept than half: {', '.join(kept)}."
 
 
 def right(records):

@@ -31,6 +31,13 @@ CLEAN_CELLS = {
 }
 
 
+# SLM on both texts with the cheaper reference is level with CLM on them at seed 1: more seeds of
+# it, and other shares of the corpus kept (seed 1).
+CLOSE_CELL = ("1", "tenth")
+CLOSE_SEEDS = (2, 3, 4, 5)
+TRIED_RATIOS = ["0.3", "0.7"]
+
+
 class Use(NamedTuple):
     """A way to use clean text. needs_ref: it needs a reference first, whose tokens count."""
 
@@ -170,6 +177,16 @@ def clean_commands():
             # One job, as all but three of its runs need its first one.
             runs = [use_run(amount, share, arm, seed) for arm in ("ref", *arms)]
             yield " && ".join(runs)
+    for seed in CLOSE_SEEDS:
+        yield " && ".join(use_run(*CLOSE_CELL, arm, seed) for arm in ("ref", "mixed_slm"))
+    for ratio in TRIED_RATIOS:
+        run = use_run(*CLOSE_CELL, "mixed_slm", 1)
+        name = use_name(*CLOSE_CELL, "mixed_slm")
+        yield run.replace(name, ratio_name(ratio)) + f" --ratio {ratio}"
+
+
+def ratio_name(ratio):
+    return f"{use_name(*CLOSE_CELL, 'mixed_slm')}-ratio{ratio}"
 
 
 # ---- other units, other rules, other masks -------------------------------------------------------

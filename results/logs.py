@@ -101,7 +101,7 @@ SOURCES = {
     "real-lr": ["real/seed1/lr*.jsonl"],
     "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
-    "clean-map": ["runs/seed1/use-*.jsonl"],
+    "clean-map": ["runs/seed*/use-*.jsonl"],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
     **{
         table: [f"runs/seed*/{run}.jsonl" for run in (CONTROL_CLM, CONTROL_SLM, *controls)]
