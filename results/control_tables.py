@@ -20,20 +20,12 @@ from controls import (
     trial_name,
     use_name,
 )
-from logs import ends, gains, interval, published, spread
+from logs import ends, gains, published, spread, with_interval
 
 from rho import tokens_in_all
 
 DEMO_CELL = ("1", "third")
 RIVAL = "mixed_clm"
-
-
-def mean_interval(values, digits=1):
-    """`+2.7 (0.1 to 5.3)`; of a single seed the difference alone."""
-    if len(values) == 1:
-        return f"{values[0]:+.{digits}f}"
-    mean, low, high = [round(x, digits) + 0.0 for x in interval(values)]
-    return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 # ---- the same clean text, used otherwise ---------------------------------------------------------
@@ -64,7 +56,7 @@ def clean_table(folder):
         yield [
             *row,
             spread(ends(run, "right", part)),
-            "" if arm == RIVAL else mean_interval(points),
+            "" if arm == RIVAL else with_interval(points),
         ]
 
 
@@ -159,14 +151,15 @@ def close_sentences(part):
     slm = use_name(*CLOSE_CELL, "mixed_slm")
     clm = use_name(*CLOSE_CELL, RIVAL)
     seeds = len(published(slm, part))
-    points = mean_interval(gains(slm, clm, "right", part))
-    nats = mean_interval(gains(slm, clm, "val_loss", part), 3)
+    points = with_interval(gains(slm, clm, "right", part))
+    nats = with_interval(gains(slm, clm, "val_loss", part), 3)
+    ending = spread(ends(slm, "right", part))
     kept = []
     for ratio in TRIED_RATIOS:
         records = published(ratio_name(ratio), part).get(1)
         if records:
             kept.append(f"{right(records):.1f} at {100 * float(ratio):.0f} %")
-    yield f"With the cheaper reference SLM on both texts ends at {spread(ends(slm, 'right', part))},"
+    yield f"With the cheaper reference SLM on both texts ends at {ending} %,"
     yield f"{points} points over CLM on both, {nats} nats in target loss ({seeds} seeds);"
     yield f"seed 1 with another share of the corpus kept than half: {', '.join(kept)}."
 
@@ -215,7 +208,7 @@ def clean_sentences(folder):
             points = gains(use_name(*DEMO_CELL, arm), use_name(*DEMO_CELL, other), "right", part)
             if points:
                 over = "the reference" if other == "ref" else USES[other].label
-                words.append(f"{mean_interval(points)} over {over}")
+                words.append(f"{with_interval(points)} over {over}")
         lines.append(f"{label} {', '.join(words)}")
     yield f"{'; '.join(lines)}."
 
@@ -238,7 +231,7 @@ def control_table(name, folder):
         row = [label, str(len(logs)), f"{tokens_in_all(logs[0]):,}"]
         row.append(f"{logs[0][-1]['trained']:,}")
         row.append(spread(ends(run, "val_loss", part), 3))
-        yield [*row, spread(ends(run, "right", part)), mean_interval(points)]
+        yield [*row, spread(ends(run, "right", part)), with_interval(points)]
 
 
 def slm_rates_table(folder):

@@ -55,19 +55,13 @@ from logs import (
     spread,
     times_fewer,
     value,
+    with_interval,
 )
 from sweeps import SWEEPS
 
 from rho import table_notes
 
 # ---- phrases -------------------------------------------------------------------------------------
-
-
-def with_interval(values, digits=1):
-    """`+2.7 (0.1 to 5.3)`: mean and 95 % interval of paired differences."""
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    mean, low, high = [round(x, digits) + 0.0 for x in interval(values)]
-    return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def against(other, run, part):

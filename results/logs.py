@@ -190,6 +190,15 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
+def with_interval(values, digits=1):
+    """`+2.7 (0.1 to 5.3)`: mean and 95 % interval of paired differences; of one the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:+.{digits}f}"
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    mean, low, high = [round(x, digits) + 0.0 for x in interval(values)]
+    return f"{mean:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def tokens_between(records, goal_record, key):
     """As tokens_to_reach, but read off the line between the evaluations before and after.
 
