@@ -4,11 +4,13 @@ import statistics
 
 from controls import (
     AMOUNTS,
+    BEGUN_ARMS,
     CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
     MIX,
+    NEW_RATE,
     RATES,
     REF_TOKENS,
     SLM_RATES,
@@ -16,6 +18,7 @@ from controls import (
     TRIED_RATES,
     TRIED_RATIOS,
     USES,
+    new_rate_name,
     ratio_name,
     trial_name,
     use_name,
@@ -162,6 +165,12 @@ def close_sentences(part):
     yield f"With the cheaper reference SLM on both texts ends at {ending} %,"
     yield f"{points} points over CLM on both, {nats} nats in target loss ({seeds} seeds);"
     yield f"seed 1 with another share of the corpus kept than half: {', '.join(kept)}."
+    begun = []
+    for arm in BEGUN_ARMS:
+        records = published(new_rate_name(arm), part).get(1)
+        if records:
+            begun.append(f"{right(records):.1f} ({USES[arm].label})")
+    yield f"Begun from that reference at the rate of new weights, {NEW_RATE}: {', '.join(begun)}."
 
 
 def right(records):
