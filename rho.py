@@ -50,6 +50,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -139,8 +140,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, truth=No
     if select == "ref_entropy":
         return -ref_entropy
     if select == "ref_both":
-        # Sorting twice gives ranks, 0 for the best. The k tokens whose worse rank is smallest are
-        # the tokens that two lists of the best have in common, at the length where that is k.
+        # Sorting twice gives ranks, 0 for the best. A token's score is the worse of its two ranks,
+        # so it must be good in both.
         loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
         entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
         worse_rank = torch.maximum(loss_rank, entropy_rank)
@@ -295,8 +296,8 @@ def train(cfg, run, split):
         first_step, records, sums = restore(path, run, saved, model, optimizers)
     announce(run, path, windows, records, first_step, cfg.steps)
 
-    # forward() returns hidden states, and the losses below apply the head, outside of DDP. Its
-    # gradient is exchanged all the same: DDP's hooks sit on the parameters.
+    # forward() returns hidden states, and the losses below apply the head, outside of DDP. The
+    # head's gradient is exchanged all the same: DDP's hooks sit on the parameters.
     wrapped = model
     if run.world > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -311,14 +312,13 @@ def train(cfg, run, split):
         started = time.time()
         step_windows = batch(windows.n, cfg.batch_size, cfg.seed, step, cfg.mix, windows.n_clean)
         my_windows = run.share(step_windows)
-        # Loss of the selected tokens, loss of all tokens, sum of the mask, number of the selected.
-        step_sums = torch.zeros(4, device=run.device)
+        # Sums: loss of the selected tokens, loss of all tokens, the mask, how many tokens the mask
+        # lets through, how many of these are in the corpus.
+        step_sums = torch.zeros(5, device=run.device)
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
-            x, y, valid, rule_values = fetch(run, windows, inputs, ids)
-            # With --mix, some windows are of the clean text, the others of the corpus.
-            corpus = run.put(~windows.is_clean(ids))  # (B,)
+            x, y, valid, corpus, rule_values = fetch(run, windows, inputs, ids)
             # For --select random: a resumed run draws the same numbers.
             generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
@@ -342,8 +342,9 @@ def train(cfg, run, split):
                 chosen = select_tokens(score, cfg.ratio, cfg.threshold, valid[corpus])
                 mask = torch.ones_like(student_loss, dtype=chosen.dtype)  # (B, T)
                 mask[corpus] = chosen
-                # 4. The loss on those tokens: their mean times their number, a sum, for `take_step`
-                #    forms one mean over the whole batch. (Fast: gradient for these tokens only.)
+                # 4. The loss on those tokens. Equation 3's mean is turned back into a sum: it is
+                #    `take_step` that divides, by the number selected in the whole batch, over all
+                #    micro-batches and ranks. (Fast: makes the gradient of these tokens only.)
                 if cfg.fast:
                     loss = selected_loss(hidden, model.lm_head.weight, y, mask, saved_for_gradient)
                 else:
@@ -351,7 +352,8 @@ def train(cfg, run, split):
             loss.backward()
 
             student_sum = student_loss.detach().sum()
-            step_sums += torch.stack([loss.detach(), student_sum, mask.sum(), (mask > 0).sum()])
+            trained, of_corpus = (mask > 0).sum(), (chosen > 0).sum()
+            step_sums += torch.stack([loss.detach(), student_sum, mask.sum(), trained, of_corpus])
 
         # If no token was selected there is nothing to learn. A step would still move the weights,
         # by momentum and weight decay: so none is made.
@@ -361,6 +363,8 @@ def train(cfg, run, split):
             sums["grad_norm"] = take_step(cfg, run, model, optimizers, step, mask_sum)
         model.zero_grad()
         add_step(sums, step_sums.tolist(), time.time() - started)
+        if (step_windows < windows.n).any() and step_sums[4] == 0:
+            sums["empty_steps"] += 1
 
         if step + 1 in eval_steps:
             record = training_record(cfg, step + 1, sums, records[-1])
@@ -383,16 +387,18 @@ def train(cfg, run, split):
 
 
 def fetch(run, windows, inputs, ids):
-    """Windows on the device: inputs, targets, what may be trained on (B, T), the rule's inputs.
+    """Windows on the device: inputs and targets (B, T), and what is known of them.
 
-    The rule's inputs are of the corpus's windows alone: clean text is not ranked.
+    valid (B, T): what may be trained on. corpus (B,): which windows are of the corpus, the others
+    are clean text (--mix). The rule's inputs are of the former alone: clean text is not ranked.
     """
     x, y = windows[ids]
+    corpus = ~windows.is_clean(ids)
     rule_values = {}
-    corpus_ids = ids[ids < windows.n]
     for name, values in inputs.items():
-        rule_values[name] = run.put(torch.from_numpy(values[corpus_ids]).float())
-    return run.put(x), run.put(y), run.put(windows.valid(ids)), rule_values
+        rule_values[name] = run.put(torch.from_numpy(values[ids[corpus]]).float())
+    valid = windows.valid(ids)
+    return run.put(x), run.put(y), run.put(valid), run.put(torch.from_numpy(corpus)), rule_values
 
 
 def gradient_exchange(run, wrapped, is_last):
@@ -408,16 +414,21 @@ def check_fast_form():
     # are what the fast forms take.
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(2, 32, 50, generator=generator)  # (B, T, V)
+    logits.requires_grad_()
     targets = torch.randint(50, (2, 32), generator=generator)
-    mask = torch.rand(2, 32, generator=generator) < 0.5
+    weights = torch.rand(2, 32, generator=generator)
     head = torch.eye(50)
-    losses, saved_for_gradient = all_losses(logits, head, targets)
-    loss = selected_loss(logits, head, targets, mask, saved_for_gradient)
-    plain_losses = token_loss(logits, targets)
-    plain_loss = selective_loss(losses, mask) * mask.sum()
-    same = torch.allclose(losses, plain_losses, atol=1e-3) and torch.allclose(loss, plain_loss)
-    if not same:
-        raise InputError("token_loss or selective_loss was changed: add --fast false to run them")
+    for mask in (weights < 0.5, weights):
+        losses, saved_for_gradient = all_losses(logits, head, targets)
+        loss = selected_loss(logits, head, targets, mask, saved_for_gradient)
+        plain_losses = token_loss(logits, targets)
+        plain_loss = selective_loss(plain_losses, mask) * mask.sum()
+        gradient, plain_gradient = [torch.autograd.grad(x, logits)[0] for x in (loss, plain_loss)]
+        pairs = [(losses, plain_losses), (loss, plain_loss), (gradient, plain_gradient)]
+        if not all(torch.allclose(fast, plain, atol=1e-3) for fast, plain in pairs):
+            raise InputError(
+                "token_loss or selective_loss was changed: add --fast false to run them"
+            )
 
 
 def check_finite(values, what, where):
@@ -448,8 +459,8 @@ def new_sums(trained=0, seconds=0.0):
     return {
         "loss_of_selected": 0.0,
         "loss_of_all": 0.0,
-        "selected": 0.0,
-        "empty_steps": 0,
+        "mask": 0.0,
+        "empty_steps": 0,  # steps in which no token of the corpus was selected
         "grad_norm": 0.0,  # of the last step, no sum
         "trained": trained,
         "seconds": seconds,
@@ -457,15 +468,12 @@ def new_sums(trained=0, seconds=0.0):
 
 
 def add_step(sums, step_sums, seconds):
-    # `selected` adds up the mask, `trained` counts tokens: they differ where a mask has weights.
-    loss_of_selected, loss_of_all, selected, trained = step_sums
+    loss_of_selected, loss_of_all, mask_sum, trained, _ = step_sums
     sums["loss_of_selected"] += loss_of_selected
     sums["loss_of_all"] += loss_of_all
-    sums["selected"] += selected
+    sums["mask"] += mask_sum
     sums["trained"] += round(trained)
     sums["seconds"] += seconds
-    if selected == 0:
-        sums["empty_steps"] += 1
 
 
 def training_record(cfg, step, sums, before):
@@ -484,7 +492,7 @@ def training_record(cfg, step, sums, before):
         "grad_norm": sums["grad_norm"],
         "seconds": round(sums["seconds"], 2),
         "student_loss": sums["loss_of_all"] / tokens_between,
-        "selected_loss": sums["loss_of_selected"] / max(sums["selected"], 1e-9),
+        "selected_loss": sums["loss_of_selected"] / max(sums["mask"], 1e-9),
         "empty_steps": sums["empty_steps"],
     }
 
@@ -562,12 +570,12 @@ class Windows:
         return first + np.arange(self.T + 1)  # (B, T + 1)
 
     def is_clean(self, ids):
-        """Which windows are of the clean text, bool (B,)."""
-        return torch.from_numpy(np.asarray(ids) >= self.n)
+        """Which windows are of the clean text, a bool array (B,)."""
+        return np.asarray(ids) >= self.n
 
     def __getitem__(self, ids):
         ids = np.asarray(ids)
-        is_clean = ids >= self.n
+        is_clean = self.is_clean(ids)
         tokens = np.empty((len(ids), self.T + 1), np.int64)
         tokens[~is_clean] = self.tokens[self.positions(ids[~is_clean])]
         if is_clean.any():
@@ -589,7 +597,7 @@ def permutation(n, seed, epoch):
 
 
 def batch(n, size, seed, step, mix=0.0, n_clean=0):
-    """The window numbers (size,) of a step, out of n windows, or of n_clean more of clean text.
+    """The window numbers (size,) of a step: below n of the corpus, from n on of clean text.
 
     A pure function of seed and step: all arms of one --mix see the same windows in the same order,
     and a resumed run continues where it stopped. Each epoch of a text has every window once, in an
@@ -615,17 +623,20 @@ def shuffled(n, seed, position):
 
 def rule_inputs(cfg, run, windows):
     """What the rule needs to know of each target: {name: array (windows.n, T)}, as in NEEDS."""
-    needs = NEEDS[cfg.select]
     inputs = {}
-    if "truth" in needs:
+    if "truth" in NEEDS[cfg.select]:
         path = Path(cfg.data) / "kinds.npz"
         if not path.exists():
             raise InputError(f"--select oracle: {cfg.data} is no demo, so the truth is not known")
         kinds = np.load(path)[windows.path.stem][1 : windows.n * windows.T + 1]  # of the targets
         inputs["truth"] = (kinds == 0).reshape(windows.n, windows.T)  # kind 0: target text
-    if needs and needs != ["truth"]:
+    if needs_reference(cfg.select):
         inputs.update(score_corpus(cfg, run, windows))
     return inputs
+
+
+def needs_reference(select):
+    return any(name in NEEDS[select] for name in ("ref_loss", "ref_entropy"))
 
 
 def score_corpus(cfg, run, windows):
@@ -639,10 +650,7 @@ def score_corpus(cfg, run, windows):
         names.append("ref_entropy")
     path = Path(cfg.reference or Path(cfg.out, "ref.pt"))
     reference = open_model(path, cfg, run).eval()
-    # The name of the folder is a hash of all that the scores depend on: a stale score is not found.
-    corpus = run.meta["files"][windows.path.name]
-    depends_on = [corpus, cfg.block_size, str(run.dtype), weights_hash(reference), code_hash(GPT)]
-    folder = Path(cfg.out, "scores", sha256(str(depends_on).encode()).hexdigest()[:16])
+    folder = score_folder(cfg, run, windows, reference)
     files = {name: folder / f"{name}.f16" for name in names}
 
     with run.only_writer(folder, wait=True):
@@ -651,8 +659,8 @@ def score_corpus(cfg, run, windows):
                 make_scores(file, windows)
         run.wait()
         scores = {name: open_scores(file, windows) for name, file in files.items()}
-        # Split first, filter afterwards: a rank that looks later sees other gaps, and must still
-        # get the same share.
+        # Filter only after splitting: the parts must not depend on what is scored already, which
+        # a rank that looks later sees otherwise.
         my_parts = torch.tensor(visited_windows(cfg, windows)).split(cfg.micro_batch)
         my_parts = my_parts[run.rank :: run.world]
         run.wait()
@@ -662,10 +670,12 @@ def score_corpus(cfg, run, windows):
             for file in files.values():
                 checksum_of(file).unlink(missing_ok=True)
         for ids in run.bar(my_parts, "score", cfg.micro_batch * windows.T):
-            results = score_batch(run, reference, windows[ids], "ref_entropy" in names)
+            results = score_batch(run, reference, windows[ids], cfg.fast, "ref_entropy" in names)
             for name, values in zip(names, results, strict=True):
                 check_finite(values, f"{path}: its {name}", f"windows {ids.tolist()}")
-                scores[name][ids] = values.cpu().numpy()
+                # What is scored already stays, to the last bit: a run may have begun with it.
+                before = scores[name][ids]
+                scores[name][ids] = np.where(np.isnan(before), values.cpu().numpy(), before)
         run.wait()
         if run.rank == 0:
             for name, file in files.items():
@@ -674,13 +684,24 @@ def score_corpus(cfg, run, windows):
     return scores
 
 
+def score_folder(cfg, run, windows, reference):
+    """Where scores are kept: its name is a hash of what they depend on, so none can be stale."""
+    depends_on = [run.meta["files"][windows.path.name], cfg.block_size, str(run.dtype), cfg.fast]
+    depends_on += [weights_hash(reference), code_hash(GPT)]
+    depends_on += [inspect.getsource(score_batch), inspect.getsource(token_loss)]
+    return Path(cfg.out, "scores", sha256(str(depends_on).encode()).hexdigest()[:16])
+
+
 @torch.no_grad()
-def score_batch(run, model, pair, entropy=False):
+def score_batch(run, model, pair, fast=True, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, the entropy of each prediction."""
     x, y = [run.put(tensor) for tensor in pair]  # (B, T)
     with run.precision:
         hidden = model(x).to(run.dtype)  # (B, T, C)
-        loss, _ = all_losses(hidden, model.lm_head.weight, y, keep=False)  # (B, T)
+        if fast:
+            loss, _ = all_losses(hidden, model.lm_head.weight, y, keep=False)  # (B, T)
+        else:
+            loss = token_loss(model.head(hidden), y)  # (B, T)
         if not entropy:
             return [loss]
         entropies = []
@@ -783,7 +804,8 @@ def open_model(path, cfg, run):
     if cfg.block_size > longest:
         raise InputError(f"--block_size {cfg.block_size}: {path} takes at most {longest}")
     if "step" in checkpoint and checkpoint["step"] < checkpoint["steps"]:
-        raise InputError(f"{path} has not finished training. Run: {command_for(path, cfg)}")
+        command = checkpoint["records"][0].get("command") or command_for(path, cfg)
+        raise InputError(f"{path} has not finished training. Run: {command}")
     return model.to(run.device)
 
 
@@ -812,11 +834,17 @@ def command_for(path, cfg):
     return command_line(here, f"ref --name {path.stem}")
 
 
+# Flags that belong to one run. The others are of the whole experiment.
+OF_ONE_RUN = {"stage", "name", "restart", "select", "reference", "ratio", "threshold", "mix"}
+
+
 def command_line(cfg, stage):
+    """The command of another stage of the same experiment."""
     shown = ""
-    for flag in ("data", "out", "init"):
-        if getattr(cfg, flag) != getattr(Config, flag):
-            shown += f" --{flag} {getattr(cfg, flag)}"
+    for f in fields(cfg):
+        given = getattr(cfg, f.name)
+        if f.name not in OF_ONE_RUN and given != f.default:
+            shown += f" --{f.name} {given}"
     return f"python rho.py --stage {stage}{shown}"
 
 
@@ -835,7 +863,7 @@ def held_out_losses(cfg, run, model, windows):
     ids = torch.arange(min(cfg.eval_windows, windows.n))
     losses = []
     for part in ids.split(cfg.micro_batch):
-        losses.append(score_batch(run, model, windows[part])[0])
+        losses.append(score_batch(run, model, windows[part], cfg.fast)[0])
     return torch.cat(losses)
 
 
@@ -886,9 +914,9 @@ def report(run, cfg, records):
     run.say("  ".join(parts))
     if last["empty_steps"]:
         rule = f"--select {cfg.select}, ratio {cfg.ratio}, threshold {cfg.threshold}"
-        run.say(
-            f"{cfg.name}: {last['empty_steps']} steps selected no token and were not made ({rule})"
-        )
+        then = "trained on clean text alone" if cfg.mix else "were not made"
+        empty = f"{last['empty_steps']} steps selected no token of the corpus and {then}"
+        run.say(f"{cfg.name}: {empty} ({rule})")
 
 
 def total_seconds(records):
@@ -1008,8 +1036,10 @@ def save_log(path, records):
 
 def header(cfg, run, model, identity):
     """The first record of a log: what is run, with what, and where."""
+    launcher = ["python"] if run.world == 1 else ["torchrun", f"--nproc_per_node={run.world}"]
     return {
         "run": cfg.name,
+        "command": shlex.join([*launcher, *sys.argv]),
         "config": asdict(cfg),
         "model": asdict(model.config),
         "params": model.num_params(),
@@ -1216,7 +1246,7 @@ def why_not_comparable(records, clm):
     for key in theirs:
         depends_on_arm = key.startswith(("scores", "code"))
         if not depends_on_arm and mine.get(key) != theirs[key]:
-            reasons.append(f"another {key}")
+            reasons.append(f"different {key}")
     if records[-1]["step"] < header.get("steps", 0):
         reasons.append("unfinished")
     return reasons
@@ -1262,21 +1292,6 @@ def tokens_in_all(records):
     return records[-1]["tokens"] + sum(tokens or 0 for tokens in before)
 
 
-def equal_in_all(name, runs):
-    """The other runs that differ in tokens and start alone, and cost as many in all, within 1 %."""
-    mine = tokens_in_all(runs[name])
-    found = []
-    for other, records in runs.items():
-        reasons = why_not_comparable(records, runs[name])
-        same_setting = all(
-            reason.startswith(("tokens", "init", "another first")) for reason in reasons
-        )
-        same_cost = abs(tokens_in_all(records) / mine - 1) < 0.01
-        if other not in (name, "ref") and same_setting and same_cost:
-            found.append(other)
-    return found
-
-
 def table_notes(runs):
     """When each run reached CLM's final results, and which runs cannot be compared with CLM."""
     if "clm" not in runs:
@@ -1290,21 +1305,17 @@ def table_notes(runs):
             continue
         reasons = why_not_comparable(records, clm)
         if reasons:
-            note = f"* {name} cannot be compared with clm: {'; '.join(reasons)}"
-            equals = equal_in_all(name, runs)
-            if equals:
-                note += f". Equal to it in all: {', '.join(equals)}"
-            notes.append(note)
+            notes.append(f"* {name} cannot be compared with clm: {'; '.join(reasons)}")
             continue
         if code_of(records) != code_of(clm):
-            notes.append(f"{name} was run by other code than clm. If it changes clm, run clm again")
-        config = records[0]["config"]
-        if config.get("mix"):
-            notes.append(f"{name} has clean text in its corpus, clm has not")
+            notes.append(f"{name} was run by other code than clm. If that affects clm, rerun it")
+        mine, clms = [log[0]["config"].get("mix", 0) for log in (records, clm)]
+        if mine != clms:
+            notes.append(f"{name} has {mine:.0%} clean text in its corpus, clm {clms:.0%}")
         for key, words in {"right": "accuracy", "val_loss": "target loss"}.items():
             # A goal of 0 right answers is reached by every run: skip it.
             if key in records[-1] and clm[-1].get(key):
-                notes.append(reach_note(name, records, clm[-1], key, words))
+                notes.append(reach_note(name, records, clm, key, words))
     return notes
 
 
@@ -1313,17 +1324,20 @@ def code_of(records):
     return [value for key, value in identity.items() if key.startswith("code")]
 
 
-def reach_note(name, records, clm_record, key, words):
-    tokens = tokens_to_reach(records, clm_record, key)
+def reach_note(name, records, clm, key, words):
+    tokens = tokens_to_reach(records, clm[-1], key)
     if tokens is None:
         return f"{name} does not reach clm's final {words}"
-    if tokens == clm_record["tokens"]:
+    if tokens == clm[-1]["tokens"]:
         return f"{name} is at clm's final {words} at the end, not sooner"
-    times = clm_record["tokens"] / tokens
+    times = clm[-1]["tokens"] / tokens
     note = f"{name} is at clm's final {words} after {tokens:,} tokens: {times:.1f} times fewer"
-    before = tokens_in_all(records) - records[-1]["tokens"]
-    if before:
-        note += f", {before:,} of its reference not counted"
+    # What the run needed and clm did not.
+    clms = clm[0].get("models_before", {})
+    for path, before in records[0].get("models_before", {}).items():
+        if path not in clms:
+            cost = "those" if before is None else f"{before:,}"
+            note += f", {cost} of its reference not counted"
     return note
 
 
@@ -1354,20 +1368,18 @@ def arm_config(cfg, stage):
         ratio, threshold = 1.0, None
     if select == "oracle":
         ratio, threshold = None, 0.5  # the truth is 0 or 1
-    name = cfg.name
-    if not name and select == STAGE_RULES[stage]:
-        name = stage
-    elif not name:
-        name = f"{stage}-{select}"
-    if not cfg.name and cfg.mix:
-        name += "-mix"
+    usual_name = stage
+    if select != STAGE_RULES[stage]:
+        usual_name += f"-{select}"
+    if cfg.mix:
+        usual_name += "-mix"
     reference = ""
-    if NEEDS[select] not in ([], ["truth"]):
+    if needs_reference(select):
         reference = cfg.reference or f"{cfg.out}/ref.pt"
     return replace(
         cfg,
         stage=stage,
-        name=name,
+        name=cfg.name or usual_name,
         select=select,
         ratio=ratio,
         threshold=threshold,
@@ -1459,6 +1471,15 @@ def check_config(cfg, world):
         raise InputError(f"--ratio {cfg.ratio} selects none of the {n_tokens} in a micro-batch")
 
 
+def next_command(cfg):
+    """What to run after a stage."""
+    if cfg.stage == "score" and cfg.mix:
+        return command_line(cfg, f"slm --mix {cfg.mix}")
+    if cfg.stage in ("slm", "sft") or cfg.mix:
+        return command_line(Config(out=cfg.out), "table")
+    return command_line(cfg, "slm")
+
+
 def run_stage(cfg):
     """Carry out --stage."""
     if cfg.stage == "table":
@@ -1486,10 +1507,8 @@ def run_stage(cfg):
         check_stage(cfg, run)
     else:
         train_arm(cfg, run, cfg.stage)
-    suggestion = {"ref": "slm", "score": "slm", "clm": "slm", "slm": "table", "sft": "table"}
-    if cfg.stage in suggestion:
-        stage = "table" if cfg.mix else suggestion[cfg.stage]
-        run.say(f"next: {command_line(cfg, stage)}")
+    if cfg.stage in (*STAGE_RULES, "score"):
+        run.say(f"next: {next_command(cfg)}")
     # With gloo, a process that ends before the others makes them crash.
     run.wait()
     if run.world > 1:

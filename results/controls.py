@@ -67,7 +67,7 @@ TRIED_RATES = ["1.9e-4", "3.75e-4", "7.5e-4", "1.5e-3", "3e-3", "6e-3"]
 TRIED = {
     "ref": TRIED_RATES[2:5],
     "clean_only": TRIED_RATES[1:5],
-    "clm": TRIED_RATES[2:4],
+    "clm": TRIED_RATES[2:5],
     "mixed_clm": TRIED_RATES[1:5],
     "clean_then_clm": TRIED_RATES[:4],
     "slm": TRIED_RATES[1:5],

@@ -142,12 +142,15 @@ def test_hugging_face_weights_of_another_vocabulary(place, capsys, tmp_path, voc
     assert "another tokenizer" in line
 
 
-def test_reference_that_is_not_finished(place, capsys):
-    run(place, "--stage=ref")
-    path = place[1] / "ref.pt"
+def test_reference_that_is_not_finished(place, capsys, monkeypatch):
+    """The command that began it finishes it, whatever the checkpoint is called."""
+    monkeypatch.setattr(sys, "argv", ["rho.py", "--stage=ref", "--name", "my own"])
+    run(place, "--stage=ref", "--name=mine")
+    path = place[1] / "mine.pt"
     torch.save(model.load_checkpoint(path) | {"steps": 1000}, path)
-    line = refused(place, capsys, "--stage=slm")
-    assert "has not finished training" in line and "--stage ref" in line
+    line = refused(place, capsys, "--stage=slm", f"--reference={path}")
+    assert "mine.pt has not finished training" in line
+    assert line.endswith("Run: python rho.py --stage=ref --name 'my own'")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5000, -1])

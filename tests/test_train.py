@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,10 +225,21 @@ def test_mix_counts_all_of_the_clean_text_and_the_ratio_of_the_corpus(cfg, tiny_
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast):
+def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast, capsys):
     go(cfg, "ref")
     _, records = go(cfg, "slm", threshold=50.0, mix=0.5, fast=fast)
-    assert records[-1]["trained"] == 20 * 64 and records[-1]["empty_steps"] == 0
+    assert records[-1]["trained"] == 20 * 64
+    # It is said all the same: the rule does nothing.
+    assert [record["empty_steps"] for record in records[1:]] == [2] * 5
+    said = capsys.readouterr().out
+    assert "2 steps selected no token of the corpus and trained on clean text alone" in said
+
+
+def test_mix_a_step_without_a_corpus_window_is_not_empty(cfg):
+    """A batch of one at a mix of 0.5: every second step is clean text."""
+    go(cfg, "ref")
+    _, records = go(cfg, "slm", mix=0.5, batch_size=1, tokens=640)
+    assert [record["empty_steps"] for record in records[1:]] == [0] * 5
 
 
 def test_mix_of_plain_clm_trains_on_every_token(cfg):
@@ -281,11 +293,34 @@ def test_soft_weights_train_in_either_form(cfg, monkeypatch, fast):
     assert records[-1]["trained"] == 2560  # every token has a weight
 
 
-@pytest.mark.parametrize("name", ["token_loss", "selective_loss"])
-def test_an_edited_loss_that_the_fast_form_would_not_run_is_refused(cfg, monkeypatch, name):
+def tenth_more(real, *inputs):
+    return 1.1 * real(*inputs)
+
+
+def half_the_gradient(real, *inputs):
+    """The value stays the same."""
+    loss = real(*inputs)
+    return (loss + loss.detach()) / 2
+
+
+def mean_over_the_number(real, student_loss, mask):
+    """The same as long as the mask is no weight."""
+    return (student_loss * mask).sum() / (mask > 0).sum()
+
+
+@pytest.mark.parametrize(
+    "name, edit",
+    [
+        ("token_loss", tenth_more),
+        ("token_loss", half_the_gradient),
+        ("selective_loss", tenth_more),
+        ("selective_loss", half_the_gradient),
+        ("selective_loss", mean_over_the_number),
+    ],
+)
+def test_an_edited_loss_that_the_fast_form_would_not_run_is_refused(cfg, monkeypatch, name, edit):
     """Else a student changes the loss, and measures the old one."""
-    real = getattr(rho, name)
-    monkeypatch.setattr(rho, name, lambda *inputs: 1.1 * real(*inputs))
+    monkeypatch.setattr(rho, name, partial(edit, getattr(rho, name)))
     with pytest.raises(rho.InputError, match="add --fast false"):
         go(cfg, "clm")
     go(cfg, "clm", fast=False)
@@ -332,7 +367,8 @@ def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
     torch.manual_seed(cfg.seed)
     assert same(model, GPT(model.config))  # not even weight decay moved it
     assert records[-1]["trained"] == 0 and records[-1]["empty_steps"] == 2
-    assert "2 steps selected no token and were not made" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 steps selected no token of the corpus and were not made" in said
 
 
 def test_momentum_moves_nothing_while_nothing_is_selected(cfg, monkeypatch):
@@ -423,7 +459,9 @@ def test_mix_clean_windows_need_no_stored_score(cfg):
     windows = Windows(cfg, run.meta, "train", "ref")
     a, b = scored.nonzero()[0][:2]
     ids = np.array([windows.n, a, windows.n + 5, b])
-    values = rho.fetch(run, windows, {"ref_loss": scores}, ids)[3]["ref_loss"].numpy()
+    *_, corpus, rule_values = rho.fetch(run, windows, {"ref_loss": scores}, ids)
+    assert corpus.tolist() == [False, True, False, True]
+    values = rule_values["ref_loss"].numpy()
     assert (values == scores[[a, b]]).all() and np.isfinite(values).all()
 
 
@@ -476,6 +514,43 @@ def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
         run.rank, run.world = rank, 2
         scores = score_corpus(cfg, run, Windows(cfg, run.meta, "train"))["ref_loss"]
     assert (~np.isnan(np.array(scores))).sum() == cfg.tokens
+
+
+def test_a_score_that_a_run_began_with_stays_as_it_was(cfg, monkeypatch):
+    """More windows are scored in other batches, which may round otherwise."""
+    go(cfg, "ref")
+    go(cfg, "slm", tokens=1280)
+    path = next(Path(cfg.out, "scores").rglob("*.f16"))
+    before = np.fromfile(path, np.float16)
+    real = rho.all_losses
+    monkeypatch.setattr(rho, "all_losses", lambda *args, **more: (real(*args, **more)[0] + 1, None))
+    run = Run(cfg)
+    score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
+    after = np.fromfile(path, np.float16)
+    known = ~np.isnan(before)
+    assert (after[known] == before[known]).all()
+    assert 1280 == known.sum() < (~np.isnan(after)).sum() == 2560
+
+
+def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkeypatch):
+    """So an edited token_loss is used for student and reference, and no older score is."""
+    go(cfg, "ref")
+    run = Run(cfg)
+    windows = Windows(cfg, run.meta, "train")
+    fast = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    plain = replace(cfg, fast=False)
+    slow = np.array(score_corpus(plain, run, windows)["ref_loss"])
+    np.testing.assert_allclose(slow, fast, atol=0.01)
+
+    real = rho.token_loss
+
+    def doubled(logits, targets):
+        return 2 * real(logits, targets)
+
+    monkeypatch.setattr(rho, "token_loss", doubled)
+    edited = np.array(score_corpus(plain, run, windows)["ref_loss"])
+    np.testing.assert_allclose(edited, 2 * slow, atol=0.02)
+    assert len(list(Path(cfg.out, "scores").glob("*/*.f16"))) == 3
 
 
 def test_a_stale_score_is_never_used(cfg, tiny_data):
@@ -774,6 +849,39 @@ def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
     assert last["val_loss"] > 0 and last["val_corpus_loss"] > 0
 
 
+def notes(cfg, name):
+    return [note for note in rho.table_notes(rho.read_runs(cfg.out)) if note.startswith(f"{name} ")]
+
+
+def finished_at(name, cfg, right, before):
+    """A log in which a run answers `right` of 10 at two evaluations."""
+    identity = {"text": "train.bin"}
+    config = {"seed": 1}
+    header = {"config": config, "identity": identity, "steps": 2, "step": 0}
+    records = [header | {"models_before": before}]
+    for step, answers in enumerate(right, start=1):
+        records.append({"step": step, "tokens": 100 * step, "right": answers, "questions": 10})
+    Path(cfg.out).mkdir(exist_ok=True)
+    rho.save_log(Path(cfg.out, f"{name}.pt"), records)
+
+
+@pytest.mark.parametrize(
+    "clm_before, slm_before, cost",
+    [
+        ({}, {}, ""),
+        ({}, {"ref.pt": 50}, ", 50 of its reference not counted"),
+        ({}, {"hub": None}, ", those of its reference not counted"),
+        ({"ref.pt": 50}, {"ref.pt": 50}, ""),  # both began with it
+        ({"base.pt": 7}, {"base.pt": 7, "ref.pt": 50}, ", 50 of its reference not counted"),
+    ],
+)
+def test_the_note_counts_what_clm_did_not_need(cfg, clm_before, slm_before, cost):
+    finished_at("clm", cfg, [1, 2], clm_before)
+    finished_at("slm", cfg, [3, 4], slm_before)
+    note = "slm is at clm's final accuracy after 100 tokens: 2.0 times fewer"
+    assert notes(cfg, "slm") == [note + cost]
+
+
 def in_all(cfg):
     """{run: the cell of the table's column "in all"}."""
     titles, *rows = rho.table_rows(rho.read_runs(cfg.out))
@@ -845,13 +953,28 @@ def test_mix_is_in_the_default_name(cfg):
     assert rho.arm_config(replace(cfg, mix=0.0), "slm").name == "slm"
 
 
-def test_mix_is_followed_by_the_table(cfg, capsys):
-    """Not by --stage slm, which would be another setting."""
-    here = f"--data {cfg.data} --out {cfg.out}"
+@pytest.mark.parametrize(
+    "flags, then",
+    [
+        ("--stage ref --block_size 256 --lr 2e-3", "--stage slm --block_size 256 --lr 0.002"),
+        ("--stage ref --ratio 0.3 --name mine --tied", "--stage slm --tied True"),
+        ("--stage clm --init base --out o", "--stage slm --out o --init base"),
+        ("--stage clm --mix 0.3 --lr 2e-3 --out o", "--stage table --out o"),
+        ("--stage score --mix 0.3 --block_size 64", "--stage slm --mix 0.3 --block_size 64"),
+        ("--stage slm --select random --block_size 64", "--stage table"),
+        ("--stage sft --init x.pt", "--stage table"),
+    ],
+)
+def test_the_next_command_is_of_the_same_experiment(flags, then):
+    """With the same model and text: a reference of other windows would score other windows."""
+    command = rho.next_command(rho.parse(flags.split()))
+    assert command == f"python rho.py {then}"
+    assert rho.parse(command.split()[2:])  # it can be typed
+
+
+def test_next_is_said_at_the_end(cfg, capsys):
     rho.run_stage(replace(cfg, stage="ref"))
-    assert capsys.readouterr().out.endswith(f"next: python rho.py --stage slm {here}\n")
-    rho.run_stage(replace(cfg, stage="clm", mix=0.3))
-    assert capsys.readouterr().out.endswith(f"next: python rho.py --stage table {here}\n")
+    assert "\nnext: python rho.py --stage slm --data " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
