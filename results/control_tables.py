@@ -65,7 +65,7 @@ def clean_table(folder):
 
 # What one must have for each arm, in the order of the front page's table.
 AT_HAND = {
-    "corpus only": ["clm"],
+    "the corpus only": ["clm"],
     "a model of clean text": ["ref", "slm", "distilled", "clean_then_clm", "clean_then_slm"],
     "the clean text": ["mixed_slm", "mixed_clm", "clean_only"],
 }
@@ -74,15 +74,15 @@ AT_HAND = {
 def uses_table(folder):
     """The front page's table: the same arms, by what one must have for them."""
     part = folder / "runs"
-    yield ["at hand: training", "target loss", "answers right, %"]
-    labels = {"ref": "that model itself", **{arm: use.label for arm, use in USES.items()}}
+    yield ["you have", "you train", "target loss", "answers right, %"]
+    labels = {"ref": "nothing: that model itself"}
+    labels.update({arm: use.label for arm, use in USES.items()})
     for at_hand, arms in AT_HAND.items():
         for arm in arms:
             run = use_name(*DEMO_CELL, arm)
             if published(run, part):
                 loss = spread(ends(run, "val_loss", part), 3)
-                label = f"{at_hand}: {labels[arm]}"
-                yield [label, loss, spread(ends(run, "right", part))]
+                yield [at_hand, labels[arm], loss, spread(ends(run, "right", part))]
 
 
 SHARES = {"third": "1/3", "tenth": "1/10"}
@@ -121,7 +121,7 @@ def map_sentences(folder):
     found = cells(folder)
     selective = [arm for arm in USES if "slm" in arm]
     others = [arm for arm in USES if arm not in selective]
-    of_a_model = AT_HAND["a model of clean text"] + AT_HAND["corpus only"]
+    of_a_model = AT_HAND["a model of clean text"] + AT_HAND["the corpus only"]
     groups = {
         "With the text at hand": (selective, [*others, "ref"]),
         "With only the model": (
@@ -169,8 +169,8 @@ def close_sentences(part):
     for arm in BEGUN_ARMS:
         records = published(new_rate_name(arm), part).get(1)
         if records:
-            begun.append(f"{right(records):.1f} ({USES[arm].label})")
-    yield f"Begun from that reference at the rate of new weights, {NEW_RATE}: {', '.join(begun)}."
+            begun.append(f"{USES[arm].label}: {right(records):.1f}")
+    yield f"There, at {NEW_RATE}, the rate of new weights (seed 1): {'; '.join(begun)}."
 
 
 def right(records):
@@ -207,7 +207,7 @@ def clean_sentences(folder):
     yield f"In points, {intervals}:"
     pairs = {
         "SLM": ("slm", ["clm", "distilled", "ref"]),
-        "SLM begun from the reference": ("clean_then_slm", ["clean_then_clm", "ref"]),
+        "SLM, started from the reference,": ("clean_then_slm", ["clean_then_clm", "ref"]),
         "SLM on corpus and clean text": ("mixed_slm", ["mixed_clm"]),
     }
     lines = []
@@ -228,7 +228,7 @@ def clean_sentences(folder):
 def control_table(name, folder):
     """Runs at the demo's length beside SLM, and CLM."""
     part = folder / "runs"
-    header = ["trained on", "seeds", "in all", "trained on", "target loss", "answers right, %"]
+    header = ["rule", "seeds", "in all", "trained on", "target loss", "answers right, %"]
     yield [*header, "points over CLM"]
     rows = {"all tokens (CLM)": CONTROL_CLM, "tokens, by excess (SLM)": CONTROL_SLM}
     rows.update({control.label: run for run, control in CONTROLS[name].items()})

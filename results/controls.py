@@ -32,8 +32,8 @@ CLEAN_CELLS = {
 
 
 # With the cheaper reference, SLM on both texts is near CLM on them: more seeds of it, and other
-# shares of the corpus kept (seed 1). The arms begun from that poor reference have been given a low
-# rate, chosen for a better one: they are also run at the rate of new weights (seed 1).
+# shares of the corpus kept (seed 1). The arms started from that poor reference have a low rate,
+# chosen for a better one: they are also run at the rate of new weights (seed 1).
 CLOSE_CELL = ("1", "tenth")
 CLOSE_SEEDS = (2, 3, 4, 5)
 TRIED_RATIOS = ["0.3", "0.7"]
@@ -54,10 +54,10 @@ USES = {
     "clean_only": Use("clean text alone", "--stage ref", needs_ref=False),
     "clm": Use("CLM on the corpus", "--stage clm", needs_ref=False),
     "mixed_clm": Use("CLM on corpus and clean text", "--stage clm --mix MIX", needs_ref=False),
-    "clean_then_clm": Use("begun from the reference: CLM", "--stage clm --init REF"),
+    "clean_then_clm": Use("CLM, started from the reference", "--stage clm --init REF"),
     "slm": Use("SLM (the paper's)", "--stage slm --reference REF"),
     "clean_then_slm": Use(
-        "begun from the reference: SLM", "--stage slm --reference REF --init REF"
+        "SLM, started from the reference", "--stage slm --reference REF --init REF"
     ),
     "mixed_slm": Use("SLM on corpus and clean text", "--stage slm --reference REF --mix MIX"),
     "distilled": Use("distillation", "--stage clm --reference REF --fast false"),
@@ -213,7 +213,7 @@ class Control(NamedTuple):
     flags: str = "--select excess --reference REF"
 
 
-CONTROL_SEEDS = (1, 2, 3)
+CONTROL_SEEDS = (1,)
 CONTROL_CLM = "control-clm"
 CONTROL_SLM = trial_name("slm", "7.5e-4")
 # Another student's losses, stored, in place of the student's own.

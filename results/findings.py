@@ -59,8 +59,6 @@ from logs import (
 )
 from sweeps import SWEEPS
 
-from rho import table_notes
-
 # ---- phrases -------------------------------------------------------------------------------------
 
 
@@ -83,7 +81,7 @@ def times_text(times, what="times fewer tokens"):
 
 def after(times):
     text = times_text(times)
-    return text if text == "at no point" else f"after {text}"
+    return text if text == "at no point" else f"with {text}"
 
 
 def mean_gain(run, other, part, key="right"):
@@ -98,11 +96,7 @@ def mean_end(run, key, part):
 
 
 def demo(folder):
-    runs = read_runs(folder / "demo")
-    # Of the notes those on SLM. They count its own tokens, as the paper does.
-    notes = [note for note in table_notes(runs) if note.startswith("slm ")]
-    yield f"By its own tokens, {'; '.join(notes)}."
-    yield machine(runs)
+    yield machine(read_runs(folder / "demo"))
 
 
 def main(folder):
@@ -125,7 +119,7 @@ def arms(folder):
     yield "Read off the line between two evaluations, SLM is where CLM ends"
     yield f"{after(right)} by accuracy, {after(loss)} by held-out loss."
     sooner = times_text(found["times_seconds"], "times fewer seconds")
-    yield f"In training time it is there after {sooner}."
+    yield f"In training time it is there with {sooner}."
     yield "With the training of the reference, and scoring counted as a third of CLM's time,"
     yield f"SLM takes {times_text(found['times_all'], 'times as long as CLM')}."
 
@@ -171,7 +165,7 @@ def references(folder):
         right = mean_end(f"ref-{name}", "right", part)
         points = mean_gain(f"slm-ref-{name}", CLM_RUN, part)
         yield f"The reference with {words} answers {right:.1f} % itself;"
-        yield f"its student gains {points:.1f} points, where the published one's gains {own:.1f}."
+        yield f"its student gains {points:.1f} points, where the main comparison's gains {own:.1f}."
 
 
 def long(folder):

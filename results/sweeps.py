@@ -1,5 +1,7 @@
 """Tables whose rows are short runs of one kind, set beside one of them, seed by seed."""
 
+import statistics
+
 from experiments import (
     CLM_RUN,
     RULES,
@@ -11,7 +13,7 @@ from experiments import (
     THRESHOLDS,
     VARIANTS,
 )
-from logs import ends, gains, spread
+from logs import ends, gains, percent, published, spread
 
 # The tables whose rows are runs at the demo's length, set beside CLM's: what is said above the
 # rows, and {table: {row: run}}.
@@ -49,10 +51,13 @@ SWEEPS = {
 def sweep_table(name, folder):
     """A table of SWEEPS: short runs, and what each gains over CLM of the same length, by seed."""
     part = folder / "runs"
-    yield [HEADERS[name], "seeds", "target loss", "answers right, %", "points over CLM"]
+    header = [HEADERS[name], "seeds", "trained on", "target loss", "answers right, %"]
+    yield [*header, "points over CLM"]
     for label, run in SWEEPS[name].items():
         points = gains(run, CLM_RUN, "right", part)
-        row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
+        ended = [records[-1] for records in published(run, part).values()]
+        trained = statistics.mean(record["trained"] / record["tokens"] for record in ended)
+        row = [label, str(len(points)), percent(trained), spread(ends(run, "val_loss", part), 3)]
         yield [*row, spread(ends(run, "right", part)), spread(points)]
 
 

@@ -167,7 +167,7 @@ def references_table(folder):
         "student right, %",
         "points over CLM",
     ]
-    known = [("as published", "ref", SLM_RUN)]
+    known = [("the main comparison's", "ref", SLM_RUN)]
     known += [(label, f"ref-{name}", f"slm-ref-{name}") for name, (label, _) in REFERENCES.items()]
     for label, ref, slm in known:
         points = gains(slm, CLM_RUN, "right", part)
