@@ -273,58 +273,59 @@ class Config:
 # ==== training ====================================================================================
 
 
-def train(cfg, run, split):
+def train(cfg, process, split):
     """Train one run to its end, resuming where it stopped; returns the records of its log."""
     # The text, and the rule's inputs for each of its tokens.
-    windows = Windows(cfg, run.meta, split, "ref" if cfg.mix else None)
-    held_out = [Windows(cfg, run.meta, name) for name in ("val", "val_corpus")]
-    inputs = rule_inputs(cfg, run, windows)
+    windows = Windows(cfg, process.meta, split, "ref" if cfg.mix else None)
+    held_out = [Windows(cfg, process.meta, name) for name in ("val", "val_corpus")]
+    inputs = rule_inputs(cfg, process, windows)
 
     # All runs of a seed start from the same weights.
     torch.manual_seed(cfg.seed)
-    model = first_model(cfg, run)
+    model = first_model(cfg, process)
     optimizers = make_optimizers(cfg, model)
     first_step = 0
     sums = new_sums()
 
     # There may already be a run of this name: finished, interrupted, or a different one.
     path = Path(cfg.out, f"{cfg.name}.pt")
-    identity = run_identity(cfg, run, model, windows, inputs)
-    records = [header(cfg, run, model, identity)]
-    saved = saved_run(path, identity, cfg)
+    identity = run_identity(cfg, process, model, windows, inputs)
+    records = [header(cfg, process, model, identity)]
+    saved = checkpoint_to_resume(path, identity, cfg)
     if saved:
-        first_step, records, sums = restore(path, run, saved, model, optimizers)
-    announce(run, path, windows, records, first_step, cfg.steps)
+        first_step, records, sums = restore(path, process, saved, model, optimizers)
+    announce(process, path, windows, records, first_step, cfg.steps)
 
     # forward() returns hidden states, and the losses below apply the head, outside of DDP. The
     # head's gradient is exchanged all the same: DDP's hooks sit on the parameters.
     wrapped = model
-    if run.world > 1:
+    if process.world > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if cfg.compile or (cfg.compile is None and run.cuda):
+    if cfg.compile or (cfg.compile is None and process.cuda):
         wrapped = torch.compile(wrapped)
-    generator = torch.Generator(run.device)
+    generator = torch.Generator(process.device)
     eval_steps = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     last_save = time.time()
-    run.finish_step = True
+    process.finish_step = True
 
-    for step in run.bar(range(first_step, cfg.steps), cfg.name, cfg.batch_size * cfg.block_size):
+    step_tokens = cfg.batch_size * cfg.block_size
+    for step in process.bar(range(first_step, cfg.steps), cfg.name, step_tokens):
         started = time.time()
         step_windows = batch(windows.n, cfg.batch_size, cfg.seed, step, cfg.mix, windows.n_clean)
-        my_windows = run.share(step_windows)
+        my_windows = process.share(step_windows)
         # Sums: loss of the selected tokens, loss of all tokens, the mask, how many tokens the mask
         # lets through, how many of these are in the corpus.
-        step_sums = torch.zeros(5, device=run.device)
+        step_sums = torch.zeros(5, device=process.device)
 
         for start in range(0, len(my_windows), cfg.micro_batch):
             ids = my_windows[start : start + cfg.micro_batch]
-            x, y, valid, corpus, rule_values = fetch(run, windows, inputs, ids)
+            x, y, valid, corpus, rule_values = fetch(process, windows, inputs, ids)
             # For --select random: a resumed run draws the same numbers.
-            generator.manual_seed(hash((cfg.seed, step, start, run.rank)) % 2**62)
+            generator.manual_seed(hash((cfg.seed, step, start, process.rank)) % 2**62)
             is_last = start + cfg.micro_batch >= len(my_windows)
 
-            with gradient_exchange(run, wrapped, is_last), run.precision:
-                hidden = wrapped(x).to(run.dtype)  # (B, T, C): logits are model.head(hidden)
+            with gradient_exchange(process, wrapped, is_last), process.precision:
+                hidden = wrapped(x).to(process.dtype)  # (B, T, C): logits are model.head(hidden)
 
                 # 1. The student's loss on every token. (The fast form makes no gradient, but saves
                 #    what step 4 needs for it.)
@@ -357,10 +358,10 @@ def train(cfg, run, split):
 
         # If no token was selected there is nothing to learn. A step would still move the weights,
         # by momentum and weight decay: so none is made.
-        run.all_reduce(step_sums)
+        process.all_reduce(step_sums)
         mask_sum = step_sums[2].item()
         if mask_sum > 0:
-            sums["grad_norm"] = take_step(cfg, run, model, optimizers, step, mask_sum)
+            sums["grad_norm"] = take_step(cfg, process, model, optimizers, step, mask_sum)
         model.zero_grad()
         add_step(sums, step_sums.tolist(), time.time() - started)
         if (step_windows < windows.n).any() and step_sums[4] == 0:
@@ -368,25 +369,27 @@ def train(cfg, run, split):
 
         if step + 1 in eval_steps:
             record = training_record(cfg, step + 1, sums, records[-1])
-            if run.rank == 0:
-                record = {**record, **evaluate(cfg, run, model, held_out, path, step + 1)}
+            if process.rank == 0:
+                record = {**record, **evaluate(cfg, process, model, held_out, path, step + 1)}
             records.append(record)
-            report(run, cfg, records)
+            report(process, cfg, records)
             sums = new_sums(sums["trained"], sums["seconds"])
         # All ranks must save, and stop, at the same step.
-        stop, overdue = run.any(
-            run.stop_signal > 0, time.time() > last_save + 60 * cfg.save_minutes
+        stop, overdue = process.any(
+            process.stop_signal > 0, time.time() > last_save + 60 * cfg.save_minutes
         )
         if stop or overdue or step + 1 in eval_steps:
-            if run.rank == 0:
-                save_run(path, run, model, optimizers, identity, step + 1, cfg.steps, records, sums)
+            if process.rank == 0:
+                save_run(
+                    path, process, model, optimizers, identity, step + 1, cfg.steps, records, sums
+                )
             last_save = time.time()
         if stop:
-            raise Interrupted(run.stop_signal or signal.SIGTERM)
+            raise Interrupted(process.stop_signal or signal.SIGTERM)
     return records
 
 
-def fetch(run, windows, inputs, ids):
+def fetch(process, windows, inputs, ids):
     """Windows on the device: inputs and targets (B, T), and what is known of them.
 
     valid (B, T): what may be trained on. corpus (B,): which windows are of the corpus, the others
@@ -396,14 +399,14 @@ def fetch(run, windows, inputs, ids):
     corpus = ~windows.is_clean(ids)
     rule_values = {}
     for name, values in inputs.items():
-        rule_values[name] = run.put(torch.from_numpy(values[ids[corpus]]).float())
-    valid = windows.valid(ids)
-    return run.put(x), run.put(y), run.put(valid), run.put(torch.from_numpy(corpus)), rule_values
+        rule_values[name] = process.put(torch.from_numpy(values[ids[corpus]]).float())
+    known = [x, y, windows.valid(ids), torch.from_numpy(corpus)]
+    return *[process.put(tensor) for tensor in known], rule_values
 
 
-def gradient_exchange(run, wrapped, is_last):
+def gradient_exchange(process, wrapped, is_last):
     """Until the last micro-batch of a step, gradients only add up on each rank."""
-    if is_last or run.world == 1:
+    if is_last or process.world == 1:
         return nullcontext()
     return wrapped.no_sync()
 
@@ -437,14 +440,14 @@ def check_finite(values, what, where):
         raise InputError(f"{what} is not finite at {where}. The last checkpoint is intact")
 
 
-def take_step(cfg, run, model, optimizers, step, mask_sum):
+def take_step(cfg, process, model, optimizers, step, mask_sum):
     """One optimizer step on gradients of a sum; returns the gradient's norm before clipping."""
     # The mean of equation 3 is formed here, where the number of selected tokens of the whole batch
     # is known: a mean for each micro-batch would become a mean of means.
-    # Times run.world: that undoes DDP's average over the ranks.
+    # Times process.world: that undoes DDP's average over the ranks.
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad *= run.world / mask_sum
+            parameter.grad *= process.world / mask_sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     check_finite(norm, f"--lr {cfg.lr}: the gradient's norm", f"step {step}")
     for optimizer in optimizers:
@@ -621,7 +624,7 @@ def shuffled(n, seed, position):
 # ==== the reference's losses, and other inputs of the rules =======================================
 
 
-def rule_inputs(cfg, run, windows):
+def rule_inputs(cfg, process, windows):
     """What the rule needs to know of each target: {name: array (windows.n, T)}, as in NEEDS."""
     inputs = {}
     if "truth" in NEEDS[cfg.select]:
@@ -631,7 +634,7 @@ def rule_inputs(cfg, run, windows):
         kinds = np.load(path)[windows.path.stem][1 : windows.n * windows.T + 1]  # of the targets
         inputs["truth"] = (kinds == 0).reshape(windows.n, windows.T)  # kind 0: target text
     if needs_reference(cfg.select):
-        inputs.update(score_corpus(cfg, run, windows))
+        inputs.update(score_corpus(cfg, process, windows))
     return inputs
 
 
@@ -639,7 +642,7 @@ def needs_reference(select):
     return any(name in NEEDS[select] for name in ("ref_loss", "ref_entropy"))
 
 
-def score_corpus(cfg, run, windows):
+def score_corpus(cfg, process, windows):
     """Have the reference score a corpus: {"ref_loss": float16 (windows.n, T), ...}, on disk.
 
     Only the windows that a run of --tokens sees are scored; batches that are complete are skipped.
@@ -649,55 +652,57 @@ def score_corpus(cfg, run, windows):
     if "ref_entropy" in NEEDS.get(cfg.select, []):
         names.append("ref_entropy")
     path = Path(cfg.reference or Path(cfg.out, "ref.pt"))
-    reference = open_model(path, cfg, run).eval()
-    folder = score_folder(cfg, run, windows, reference)
+    reference = open_model(path, cfg, process).eval()
+    folder = score_folder(cfg, process, windows, reference)
     files = {name: folder / f"{name}.f16" for name in names}
 
-    with run.only_writer(folder, wait=True):
-        if run.rank == 0:
+    with process.only_writer(folder, wait=True):
+        if process.rank == 0:
             for file in files.values():
                 make_scores(file, windows)
-        run.wait()
+        process.wait()
         scores = {name: open_scores(file, windows) for name, file in files.items()}
         # Filter only after splitting: the parts must not depend on what is scored already, which
         # a rank that looks later sees otherwise.
         my_parts = torch.tensor(visited_windows(cfg, windows)).split(cfg.micro_batch)
-        my_parts = my_parts[run.rank :: run.world]
-        run.wait()
+        my_parts = my_parts[process.rank :: process.world]
+        process.wait()
         my_parts = [ids for ids in my_parts if not all(is_scored(scores[n], ids) for n in names)]
         if my_parts:
-            run.say(f"scoring by {path} -> {folder}")
+            process.say(f"scoring by {path} -> {folder}")
             for file in files.values():
                 checksum_of(file).unlink(missing_ok=True)
-        for ids in run.bar(my_parts, "score", cfg.micro_batch * windows.T):
-            results = score_batch(run, reference, windows[ids], cfg.fast, "ref_entropy" in names)
+        for ids in process.bar(my_parts, "score", cfg.micro_batch * windows.T):
+            pair = windows[ids]
+            results = score_batch(process, reference, pair, cfg.fast, "ref_entropy" in names)
             for name, values in zip(names, results, strict=True):
                 check_finite(values, f"{path}: its {name}", f"windows {ids.tolist()}")
                 # What is scored already stays, to the last bit: a run may have begun with it.
                 before = scores[name][ids]
                 scores[name][ids] = np.where(np.isnan(before), values.cpu().numpy(), before)
-        run.wait()
-        if run.rank == 0:
+        process.wait()
+        if process.rank == 0:
             for name, file in files.items():
                 scores[name].flush()
                 write_checksum(file)
     return scores
 
 
-def score_folder(cfg, run, windows, reference):
+def score_folder(cfg, process, windows, reference):
     """Where scores are kept: its name is a hash of what they depend on, so none can be stale."""
-    depends_on = [run.meta["files"][windows.path.name], cfg.block_size, str(run.dtype), cfg.fast]
+    corpus = process.meta["files"][windows.path.name]
+    depends_on = [corpus, cfg.block_size, cfg.fast, str(process.dtype)]
     depends_on += [weights_hash(reference), code_hash(GPT)]
     depends_on += [inspect.getsource(score_batch), inspect.getsource(token_loss)]
     return Path(cfg.out, "scores", sha256(str(depends_on).encode()).hexdigest()[:16])
 
 
 @torch.no_grad()
-def score_batch(run, model, pair, fast=True, entropy=False):
+def score_batch(process, model, pair, fast=True, entropy=False):
     """[loss of each target in nats (B, T)] and, if asked for, the entropy of each prediction."""
-    x, y = [run.put(tensor) for tensor in pair]  # (B, T)
-    with run.precision:
-        hidden = model(x).to(run.dtype)  # (B, T, C)
+    x, y = [process.put(tensor) for tensor in pair]  # (B, T)
+    with process.precision:
+        hidden = model(x).to(process.dtype)  # (B, T, C)
         if fast:
             loss, _ = all_losses(hidden, model.lm_head.weight, y, keep=False)  # (B, T)
         else:
@@ -770,12 +775,12 @@ def rescore(path):
 # ==== models ======================================================================================
 
 
-def first_model(cfg, run):
+def first_model(cfg, process):
     """The model that a run starts from: --init, or new weights from the seed."""
     # The fields that Config and GPTConfig share.
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
     if cfg.init:
-        model = open_model(Path(cfg.init), cfg, run)
+        model = open_model(Path(cfg.init), cfg, process)
         # In a model block_size is the longest sequence, in Config the length of a window.
         shape.pop("block_size")
         for key, wanted in shape.items():
@@ -783,22 +788,22 @@ def first_model(cfg, run):
             if wanted not in (getattr(Config, key), getattr(model.config, key)):
                 raise InputError(f"--{key} {wanted}: --init {cfg.init} has another shape. Omit it")
         if Path(cfg.init).is_dir() and cfg.lr > 4e-4:
-            run.say(f"--lr {cfg.lr} is for small models from scratch. For 1 B the paper has 8e-5")
+            process.say(f"--lr {cfg.lr} is for small models from scratch. The paper: 8e-5 for 1 B")
     else:
-        n_vocab = run.meta["tokenizer"]["n_vocab"]
-        model = GPT(GPTConfig(vocab_size=n_vocab, **shape)).to(run.device)
+        n_vocab = process.meta["tokenizer"]["n_vocab"]
+        model = GPT(GPTConfig(vocab_size=n_vocab, **shape)).to(process.device)
     model.recompute = cfg.recompute
     return model.train()
 
 
-def open_model(path, cfg, run):
+def open_model(path, cfg, process):
     """The model of a checkpoint or Hugging Face folder. InputError if it does not fit the data."""
     if not path.exists() and path.suffix != ".pt":
         raise InputError(f"{path} not found: give a checkpoint of rho.py or a Hugging Face folder")
     if not path.exists():
         raise InputError(f"{path} not found. Run: {command_for(path, cfg)}")
     model, checkpoint = load_model(path)
-    if not same_tokenizer(run.meta["tokenizer"], model, checkpoint):
+    if not same_tokenizer(process.meta["tokenizer"], model, checkpoint):
         raise InputError(f"{path} has another tokenizer than {cfg.data}. Choose another --data")
     longest = model.config.block_size
     if cfg.block_size > longest:
@@ -806,7 +811,7 @@ def open_model(path, cfg, run):
     if "step" in checkpoint and checkpoint["step"] < checkpoint["steps"]:
         command = checkpoint["records"][0].get("command") or command_for(path, cfg)
         raise InputError(f"{path} has not finished training. Run: {command}")
-    return model.to(run.device)
+    return model.to(process.device)
 
 
 def same_tokenizer(spec, model, checkpoint):
@@ -858,16 +863,16 @@ def weights_hash(model):
 # ==== evaluation ==================================================================================
 
 
-def held_out_losses(cfg, run, model, windows):
+def held_out_losses(cfg, process, model, windows):
     """The loss of each token of the first --eval_windows windows (windows, T), in nats."""
     ids = torch.arange(min(cfg.eval_windows, windows.n))
     losses = []
     for part in ids.split(cfg.micro_batch):
-        losses.append(score_batch(run, model, windows[part], cfg.fast)[0])
+        losses.append(score_batch(process, model, windows[part], cfg.fast)[0])
     return torch.cat(losses)
 
 
-def evaluate(cfg, run, model, held_out, path, step):
+def evaluate(cfg, process, model, held_out, path, step):
     """What arms are compared on: the mean loss of held-out tokens, selected or not, and answers.
 
     The tokens are those of the first --eval_windows windows. The single losses on corpus text go to
@@ -876,14 +881,14 @@ def evaluate(cfg, run, model, held_out, path, step):
     started = time.time()
     model.eval()
     target_text, corpus_text = held_out
-    target_losses = held_out_losses(cfg, run, model, target_text)
-    losses = held_out_losses(cfg, run, model, corpus_text)
+    target_losses = held_out_losses(cfg, process, model, target_text)
+    losses = held_out_losses(cfg, process, model, corpus_text)
     record = {"val_loss": target_losses.mean().item(), "val_corpus_loss": losses.mean().item()}
 
     question_path = Path(cfg.data, "questions.jsonl")
     if cfg.questions and question_path.exists():
         questions = load_questions(question_path, cfg.questions)
-        encoding = get_tokenizer(run.meta["tokenizer"])
+        encoding = get_tokenizer(process.meta["tokenizer"])
         rows = 2**16 // cfg.block_size  # 65,536 tokens at once
         answers = answer_questions(
             model, encoding, questions, batch_size=rows, progress=sys.stderr.isatty()
@@ -900,9 +905,9 @@ def evaluate(cfg, run, model, held_out, path, step):
     return record
 
 
-def report(run, cfg, records):
+def report(process, cfg, records):
     """One line on the screen for the last evaluation, and a warning if nothing was selected."""
-    if run.rank > 0:
+    if process.rank > 0:
         return
     last = records[-1]
     parts = [f"{cfg.name:>11}", f"{last['tokens']:>9,} tokens"]
@@ -911,12 +916,12 @@ def report(run, cfg, records):
     if "right" in last:
         parts.append(f"{last['right']:>3} of {last['questions']} right")
     parts.append(f"{total_seconds(records):.0f} s")
-    run.say("  ".join(parts))
+    process.say("  ".join(parts))
     if last["empty_steps"]:
         rule = f"--select {cfg.select}, ratio {cfg.ratio}, threshold {cfg.threshold}"
         then = "trained on clean text alone" if cfg.mix else "were not made"
         empty = f"{last['empty_steps']} steps selected no token of the corpus and {then}"
-        run.say(f"{cfg.name}: {empty} ({rule})")
+        process.say(f"{cfg.name}: {empty} ({rule})")
 
 
 def total_seconds(records):
@@ -960,21 +965,21 @@ def inputs_hash(cfg, windows, inputs):
     return digest.hexdigest()[:16]
 
 
-def run_identity(cfg, run, model, windows, inputs):
+def run_identity(cfg, process, model, windows, inputs):
     """Everything that must be equal for a run to be resumed, or to be called finished."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
     return {
         **settings,
         "text": windows.path.name,
-        "number of processes": run.world,
+        "number of processes": process.world,
         "first weights": weights_hash(model),
         "scores of the reference": inputs_hash(cfg, windows, inputs),
         "code of rho.py, model.py or eval_math.py": code_hash(Config, GPT, answer_questions),
-        **run.meta["files"],
+        **process.meta["files"],
     }
 
 
-def saved_run(path, identity, cfg):
+def checkpoint_to_resume(path, identity, cfg):
     """The checkpoint to resume; None if there is none. InputError if it belongs to another run."""
     if cfg.restart or not path.exists():
         return None
@@ -996,9 +1001,9 @@ def saved_run(path, identity, cfg):
     return saved
 
 
-def restore(path, run, saved, model, optimizers):
+def restore(path, process, saved, model, optimizers):
     """Load a checkpoint's state; returns the step to begin with, its records and its sums."""
-    if run.rank == 0:
+    if process.rank == 0:
         save_log(path, saved["records"])  # it may have been killed before it wrote its log
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -1006,7 +1011,7 @@ def restore(path, run, saved, model, optimizers):
     return saved["step"], saved["records"], saved["sums"]
 
 
-def save_run(path, run, model, optimizers, identity, step, steps, records, sums):
+def save_run(path, process, model, optimizers, identity, step, steps, records, sums):
     """Write the checkpoint and the log, each whole or not at all."""
     for parameter in model.parameters():
         check_finite(parameter.detach(), f"{path}: a weight", f"step {step}")
@@ -1015,7 +1020,7 @@ def save_run(path, run, model, optimizers, identity, step, steps, records, sums)
         "model_config": asdict(model.config),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "identity": identity,
-        "tokenizer": run.meta["tokenizer"],
+        "tokenizer": process.meta["tokenizer"],
         "step": step,
         "steps": steps,
         "records": records,
@@ -1034,9 +1039,11 @@ def save_log(path, records):
             f.write(f"{json.dumps(record)}\n".encode())
 
 
-def header(cfg, run, model, identity):
+def header(cfg, process, model, identity):
     """The first record of a log: what is run, with what, and where."""
-    launcher = ["python"] if run.world == 1 else ["torchrun", f"--nproc_per_node={run.world}"]
+    launcher = ["python"]
+    if process.world > 1:
+        launcher = ["torchrun", f"--nproc_per_node={process.world}"]
     return {
         "run": cfg.name,
         "command": shlex.join([*launcher, *sys.argv]),
@@ -1049,9 +1056,9 @@ def header(cfg, run, model, identity):
         # What must be equal for two runs to be compared, besides the flags: see the table.
         "identity": {k: v for k, v in identity.items() if not hasattr(cfg, k)},
         "torch": str(torch.__version__),
-        "device": str(run.device),
+        "device": str(process.device),
         "threads": torch.get_num_threads(),
-        "world": run.world,
+        "world": process.world,
         "step": 0,
     }
 
@@ -1077,23 +1084,23 @@ def git_commit():
         return "unknown"
 
 
-def announce(run, path, windows, records, first_step, steps):
+def announce(process, path, windows, records, first_step, steps):
     """Print what is about to run, or that it has finished already."""
     first = records[0]
     if first_step == steps:
-        run.say(f"{path}: finished already, by the same code with the same flags and data")
+        process.say(f"{path}: finished already, by the same code with the same flags and data")
         return
     begins = "starts"
     if first_step > 0:
         begins = f"resumes at step {first_step}"
     size = f"{first['params'] / 1e6:.2f} M parameters on {first['device']}"
-    run.say(f"{first['run']}: {size}, {steps} steps over {windows.path} -> {path}; {begins}")
+    process.say(f"{first['run']}: {size}, {steps} steps over {windows.path} -> {path}; {begins}")
 
 
 # ==== device, precision, ranks ====================================================================
 
 
-class Run:
+class Process:
     """Where this process runs: its device, its precision, its rank and the number of ranks."""
 
     def __init__(self, cfg):
@@ -1388,34 +1395,34 @@ def arm_config(cfg, stage):
     )
 
 
-def train_arm(cfg, run, stage):
+def train_arm(cfg, process, stage):
     """Run one training stage; returns the records of its log."""
     cfg = arm_config(cfg, stage)
     split = {"ref": "ref", "sft": "sft"}.get(stage, "train")
     path = Path(cfg.out, f"{cfg.name}.pt")
     if cfg.fast:
         check_fast_form()
-    with run.only_writer(path), catch_signals(run.on_signal):
+    with process.only_writer(path), catch_signals(process.on_signal):
         try:
-            return train(cfg, run, split)
+            return train(cfg, process, split)
         finally:
-            run.finish_step = False
+            process.finish_step = False
 
 
-def train_dynamics(cfg, run):
+def train_dynamics(cfg, process):
     """Continue a finished CLM run, with and without selection, as the paper continues TinyLlama.
 
     results/tables.py then sorts the tokens by how their losses moved (section 2.1).
     """
     start = cfg.init or f"{cfg.out}/clm.pt"
     cfg = replace(cfg, init=start, seed=cfg.seed + 1, evals=max(16, cfg.evals))
-    train_arm(replace(cfg, name="dynamics-clm", select=""), run, "clm")
-    train_arm(replace(cfg, name="dynamics-slm"), run, "slm")
+    train_arm(replace(cfg, name="dynamics-clm", select=""), process, "clm")
+    train_arm(replace(cfg, name="dynamics-slm"), process, "slm")
 
 
-def check_stage(cfg, run):
+def check_stage(cfg, process):
     """Compare every file of the data and of the runs with its checksum."""
-    check_files(cfg.data, run.meta)
+    check_files(cfg.data, process.meta)
     # A score file that is still being written has no checksum yet.
     checksums = sorted(Path(cfg.out).glob("scores/*/*.f16.sha256"))
     scores = [checksum.with_suffix("") for checksum in checksums]
@@ -1424,8 +1431,8 @@ def check_stage(cfg, run):
     checkpoints = sorted(Path(cfg.out).glob("*.pt"))
     for path in checkpoints:
         load_checkpoint(path)
-    files = f"{len(run.meta['files'])} files of {cfg.data}"
-    run.say(f"whole: {files}, {len(scores)} score files, {len(checkpoints)} checkpoints")
+    files = f"{len(process.meta['files'])} files of {cfg.data}"
+    process.say(f"whole: {files}, {len(scores)} score files, {len(checkpoints)} checkpoints")
 
 
 def check_range(name, given, least, above, most):
@@ -1486,32 +1493,32 @@ def run_stage(cfg):
         show_table(cfg.out)
         return
     check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    run = Run(cfg)
-    if run.rank == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
-        run.say(f"making the demo's text in {cfg.data}")
+    process = Process(cfg)
+    if process.rank == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
+        process.say(f"making the demo's text in {cfg.data}")
         prepare_demo(cfg.data)
-    run.wait()
+    process.wait()
     if cfg.stage == "all":
         for stage, select in (("ref", ""), ("clm", ""), ("slm", "random"), ("slm", "")):
-            train_arm(replace(cfg, select=select), run, stage)
+            train_arm(replace(cfg, select=select), process, stage)
         # SLM's rival: the clean text mixed in, for as many tokens as SLM and its reference had.
         in_all = cfg.tokens + cfg.ref_tokens
-        train_arm(replace(cfg, mix=DEMO_MIX, tokens=in_all), run, "clm")
-        if run.rank == 0:
+        train_arm(replace(cfg, mix=DEMO_MIX, tokens=in_all), process, "clm")
+        if process.rank == 0:
             show_table(cfg.out)
     elif cfg.stage == "score":
-        score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
+        score_corpus(cfg, process, Windows(cfg, process.meta, "train"))
     elif cfg.stage == "dynamics":
-        train_dynamics(cfg, run)
+        train_dynamics(cfg, process)
     elif cfg.stage == "check":
-        check_stage(cfg, run)
+        check_stage(cfg, process)
     else:
-        train_arm(cfg, run, cfg.stage)
+        train_arm(cfg, process, cfg.stage)
     if cfg.stage in (*STAGE_RULES, "score"):
-        run.say(f"next: {next_command(cfg)}")
+        process.say(f"next: {next_command(cfg)}")
     # With gloo, a process that ends before the others makes them crash.
-    run.wait()
-    if run.world > 1:
+    process.wait()
+    if process.world > 1:
         dist.destroy_process_group()
 
 

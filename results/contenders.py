@@ -174,15 +174,15 @@ class Scoring:
     def __init__(self, sizes):
         self.model = make_model(sizes).eval()
         self.x, self.y = torch.randint(sizes.V, (2, 16, sizes.T))
-        # As much of a Run as rho.score_batch needs: a processor, no data.
-        self.run = rho.Run.__new__(rho.Run)
-        self.run.device = torch.device("cpu")
-        self.run.cuda = False
-        self.run.dtype = torch.float32
-        self.run.precision = contextlib.nullcontext()
+        # As much of a Process as rho.score_batch needs: a processor, no data.
+        self.process = rho.Process.__new__(rho.Process)
+        self.process.device = torch.device("cpu")
+        self.process.cuda = False
+        self.process.dtype = torch.float32
+        self.process.precision = contextlib.nullcontext()
 
     def ours(self):
-        rho.score_batch(self.run, self.model, (self.x, self.y))
+        rho.score_batch(self.process, self.model, (self.x, self.y))
 
     @torch.no_grad()
     def forward(self):

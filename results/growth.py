@@ -78,10 +78,10 @@ def train(folder, sizes):
         eval_windows=1,
         questions=0,
     )
-    run = rho.Run(cfg)
+    process = rho.Process(cfg)
     with contextlib.redirect_stdout(io.StringIO()):
-        rho.train_arm(cfg, run, "ref")
-        records = rho.train_arm(cfg, run, "slm")
+        rho.train_arm(cfg, process, "ref")
+        records = rho.train_arm(cfg, process, "slm")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     speed = records[-1]["tokens"] / records[-1]["seconds"]
     print(json.dumps({"tokens_per_s": round(speed), "gib": peak / 2**20}))

@@ -19,7 +19,7 @@ import torch
 
 import rho
 from model import GPT, GPTConfig, load_checkpoint, load_model
-from rho import NEEDS, Config, Run, Windows, batch, learning_rate, score_corpus, train_arm
+from rho import NEEDS, Config, Process, Windows, batch, learning_rate, score_corpus, train_arm
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_inner": 32, "block_size": 64}
 QUICK = {"batch_size": 4, "micro_batch": 4, "tokens": 2560, "ref_tokens": 2560, "device": "cpu"}
@@ -35,7 +35,7 @@ def cfg(tiny_data, tmp_path):
 
 def go(cfg, stage, **changes):
     cfg = replace(cfg, **changes)
-    records = train_arm(cfg, Run(cfg), stage)
+    records = train_arm(cfg, Process(cfg), stage)
     return load_model(Path(cfg.out) / f"{records[0]['run']}.pt")[0], records
 
 
@@ -122,8 +122,8 @@ def test_training_equals_the_plain_definition(cfg, optimizer):
     go(cfg, "ref")
     trained, records = go(cfg, "slm")
     reference, _ = load_model(Path(cfg.out) / "ref.pt")
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train")
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(vocab_size=300, **SMALL))
     optimizers = rho.make_optimizers(cfg, model)
@@ -161,8 +161,8 @@ def test_mix_gradient_equals_a_plain_loop(cfg, fast, micro_batch, monkeypatch):
     go(cfg, "ref")
     real, seen = rho.take_step, []
 
-    def spy(cfg, run, model, *rest):
-        norm = real(cfg, run, model, *rest)
+    def spy(cfg, process, model, *rest):
+        norm = real(cfg, process, model, *rest)
         seen.append([parameter.grad.clone() for parameter in model.parameters()])
         return norm
 
@@ -391,7 +391,7 @@ def test_oracle_trains_on_the_clean_target_tokens(cfg, tiny_data):
     _, records = go(cfg, "slm", select="oracle")
     assert records[0]["config"]["select"] == "oracle" and records[0]["config"]["ratio"] is None
     kinds = np.load(tiny_data / "kinds.npz")["train"][1:]
-    windows = Windows(cfg, Run(cfg).meta, "train")
+    windows = Windows(cfg, Process(cfg).meta, "train")
     visited = np.concatenate([batch(windows.n, 4, cfg.seed, s) for s in range(10)])
     clean = sum((kinds[w * 64 : w * 64 + 64] == 0).sum() for w in visited)
     assert records[-1]["trained"] == clean
@@ -402,10 +402,10 @@ def test_oracle_trains_on_the_clean_target_tokens(cfg, tiny_data):
 
 def test_scores_on_disk_equal_an_online_reference(cfg):
     go(cfg, "ref")
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train")
     cfg = replace(cfg, tokens=10**6, select="ref_both")
-    scores = score_corpus(cfg, run, windows)
+    scores = score_corpus(cfg, process, windows)
     reference, _ = load_model(Path(cfg.out) / "ref.pt")
     x, y = windows[np.arange(windows.n)]
     logp = reference.head(reference(x)).double().log_softmax(-1)
@@ -419,15 +419,15 @@ def test_scores_on_disk_equal_an_online_reference(cfg):
 @pytest.mark.parametrize("mix", [0.0, 0.3])
 def test_only_visited_windows_are_scored_and_more_are_added(cfg, mix):
     cfg = replace(cfg, mix=mix)
-    train_arm(replace(cfg, mix=0.0), Run(cfg), "ref")
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train", "ref")
-    some = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    train_arm(replace(cfg, mix=0.0), Process(cfg), "ref")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train", "ref")
+    some = np.array(score_corpus(cfg, process, windows)["ref_loss"])
     done = ~np.isnan(some).any(1)
     steps = [batch(windows.n, 4, cfg.seed, s, mix, windows.n_clean) for s in range(10)]
     visited = {int(w) for w in np.concatenate(steps) if w < windows.n}
     assert set(done.nonzero()[0]) == visited and len(visited) == 40 - int(40 * mix)
-    every = np.array(score_corpus(replace(cfg, tokens=10**6), run, windows)["ref_loss"])
+    every = np.array(score_corpus(replace(cfg, tokens=10**6), process, windows)["ref_loss"])
     assert not np.isnan(every).any() and (every[done] == some[done]).all()
 
 
@@ -455,11 +455,11 @@ def test_mix_clean_windows_need_no_stored_score(cfg):
     assert all(np.isfinite(r["selected_loss"]) and np.isfinite(r["val_loss"]) for r in records[1:])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train", "ref")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train", "ref")
     a, b = scored.nonzero()[0][:2]
     ids = np.array([windows.n, a, windows.n + 5, b])
-    *_, corpus, rule_values = rho.fetch(run, windows, {"ref_loss": scores}, ids)
+    *_, corpus, rule_values = rho.fetch(process, windows, {"ref_loss": scores}, ids)
     assert corpus.tolist() == [False, True, False, True]
     values = rule_values["ref_loss"].numpy()
     assert (values == scores[[a, b]]).all() and np.isfinite(values).all()
@@ -483,8 +483,8 @@ def test_mix_a_rule_of_ones_own_sees_the_corpus_alone(cfg, monkeypatch):
 
 def test_interrupted_scoring_goes_on(cfg, monkeypatch):
     go(cfg, "ref")
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train")
     cfg = replace(cfg, tokens=10**6)
     calls, real = [], rho.score_batch
 
@@ -496,23 +496,23 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
 
     monkeypatch.setattr(rho, "score_batch", dies)
     with pytest.raises(KeyboardInterrupt):
-        score_corpus(cfg, run, windows)
+        score_corpus(cfg, process, windows)
     assert np.isnan(np.fromfile(next(Path(cfg.out, "scores").rglob("*.f16")), np.float16)).any()
-    scores = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    scores = np.array(score_corpus(cfg, process, windows)["ref_loss"])
     assert not np.isnan(scores).any()
     before = len(calls)
-    score_corpus(cfg, run, windows)
+    score_corpus(cfg, process, windows)
     assert len(calls) == before  # nothing is scored twice
 
 
 def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
     """One rank may have written all of its scores before the other looks at what is missing."""
     go(cfg, "ref")
-    monkeypatch.setattr(Run, "wait", lambda self: None)
+    monkeypatch.setattr(Process, "wait", lambda self: None)
     for rank in (0, 1):
-        run = Run(cfg)
-        run.rank, run.world = rank, 2
-        scores = score_corpus(cfg, run, Windows(cfg, run.meta, "train"))["ref_loss"]
+        process = Process(cfg)
+        process.rank, process.world = rank, 2
+        scores = score_corpus(cfg, process, Windows(cfg, process.meta, "train"))["ref_loss"]
     assert (~np.isnan(np.array(scores))).sum() == cfg.tokens
 
 
@@ -524,8 +524,8 @@ def test_a_score_that_a_run_began_with_stays_as_it_was(cfg, monkeypatch):
     before = np.fromfile(path, np.float16)
     real = rho.all_losses
     monkeypatch.setattr(rho, "all_losses", lambda *args, **more: (real(*args, **more)[0] + 1, None))
-    run = Run(cfg)
-    score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
+    process = Process(cfg)
+    score_corpus(cfg, process, Windows(cfg, process.meta, "train"))
     after = np.fromfile(path, np.float16)
     known = ~np.isnan(before)
     assert (after[known] == before[known]).all()
@@ -535,11 +535,11 @@ def test_a_score_that_a_run_began_with_stays_as_it_was(cfg, monkeypatch):
 def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkeypatch):
     """So an edited token_loss is used for student and reference, and no older score is."""
     go(cfg, "ref")
-    run = Run(cfg)
-    windows = Windows(cfg, run.meta, "train")
-    fast = np.array(score_corpus(cfg, run, windows)["ref_loss"])
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train")
+    fast = np.array(score_corpus(cfg, process, windows)["ref_loss"])
     plain = replace(cfg, fast=False)
-    slow = np.array(score_corpus(plain, run, windows)["ref_loss"])
+    slow = np.array(score_corpus(plain, process, windows)["ref_loss"])
     np.testing.assert_allclose(slow, fast, atol=0.01)
 
     real = rho.token_loss
@@ -548,7 +548,7 @@ def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkey
         return 2 * real(logits, targets)
 
     monkeypatch.setattr(rho, "token_loss", doubled)
-    edited = np.array(score_corpus(plain, run, windows)["ref_loss"])
+    edited = np.array(score_corpus(plain, process, windows)["ref_loss"])
     np.testing.assert_allclose(edited, 2 * slow, atol=0.02)
     assert len(list(Path(cfg.out, "scores").glob("*/*.f16"))) == 3
 
@@ -556,15 +556,15 @@ def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkey
 def test_a_stale_score_is_never_used(cfg, tiny_data):
     """The folder's name covers the reference's weights, the corpus and the window's length."""
     go(cfg, "ref")
-    run, path = Run(cfg), Path(cfg.out) / "ref.pt"
+    process, path = Process(cfg), Path(cfg.out) / "ref.pt"
 
-    def folders(cfg=cfg, run=run):
-        score_corpus(cfg, run, Windows(cfg, run.meta, "train"))
+    def folders(cfg=cfg, process=process):
+        score_corpus(cfg, process, Windows(cfg, process.meta, "train"))
         return len([path for path in (Path(cfg.out) / "scores").iterdir() if path.is_dir()])
 
     assert folders() == folders() == 1
     assert folders(replace(cfg, block_size=32)) == 2
-    run.meta["files"]["train.bin"] = "another corpus"
+    process.meta["files"]["train.bin"] = "another corpus"
     assert folders() == 3
     checkpoint = load_checkpoint(path)
     checkpoint["model"]["norm.weight"][0] += 1e-6
@@ -733,10 +733,10 @@ def test_a_run_that_began_with_another_model_is_another_run(cfg, weight):
 def test_another_number_of_processes_is_another_run(cfg):
     """The top k are taken in each process, so two processes select other tokens than one."""
     go(cfg, "clm")
-    run = Run(cfg)
-    run.world = 2
+    process = Process(cfg)
+    process.world = 2
     with pytest.raises(rho.InputError, match="number of processes"):
-        rho.train_arm(cfg, run, "clm")
+        rho.train_arm(cfg, process, "clm")
 
 
 def test_of_two_writers_the_second_is_refused(cfg):
@@ -773,8 +773,8 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes(cfg, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
     real, steps = rho.take_step, []
 
-    def diverges(cfg, run, model, optimizers, step, mask_sum):
-        norm = real(cfg, run, model, optimizers, step, mask_sum)
+    def diverges(cfg, process, model, optimizers, step, mask_sum):
+        norm = real(cfg, process, model, optimizers, step, mask_sum)
         steps.append(1)
         if len(steps) == 5:
             model.norm.weight.data[0] = torch.nan
@@ -791,8 +791,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg, m
 def test_a_weight_that_is_not_finite_is_never_saved(cfg, monkeypatch):
     real, steps = rho.take_step, []
 
-    def diverges(cfg, run, model, *rest):
-        norm = real(cfg, run, model, *rest)
+    def diverges(cfg, process, model, *rest):
+        norm = real(cfg, process, model, *rest)
         steps.append(1)
         if len(steps) == 4:  # the step before an evaluation
             model.norm.weight.data[0] = torch.inf
@@ -999,16 +999,16 @@ def test_mix_where_it_has_no_meaning_is_refused_in_one_line(cfg, capsys, flags, 
 
 
 def test_mix_without_clean_text_names_the_file_that_is_missing(cfg):
-    run = Run(cfg)
-    del run.meta["tokens"]["ref"]
+    process = Process(cfg)
+    del process.meta["tokens"]["ref"]
     cfg = replace(cfg, mix=0.3)
     with pytest.raises(rho.InputError, match="ref.bin is not there: .*--ref"):
-        train_arm(cfg, run, "clm")
+        train_arm(cfg, process, "clm")
 
 
 def test_held_out_loss_is_the_mean_over_tokens(cfg):
     model, records = go(cfg, "clm", eval_windows=10**6)
-    windows = Windows(cfg, Run(cfg).meta, "val")
+    windows = Windows(cfg, Process(cfg).meta, "val")
     x, y = windows[np.arange(windows.n)]
     logp = model.head(model(x)).double().log_softmax(-1)
     assert records[-1]["val_loss"] == pytest.approx(
@@ -1032,13 +1032,13 @@ def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
     """What CUDA runs, here on the processor."""
     go(cfg, "ref")
     full, records = go(cfg, "slm")
-    real = Run.__init__
+    real = Process.__init__
 
     def half(self, cfg):
         real(self, cfg)
         self.dtype = torch.bfloat16
 
-    monkeypatch.setattr(Run, "__init__", half)
+    monkeypatch.setattr(Process, "__init__", half)
     _, halved = go(cfg, "slm", name="half")
     assert halved[-1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=0.02)
     assert halved[-1]["val_loss"] != records[-1]["val_loss"]
@@ -1050,7 +1050,7 @@ def test_each_evaluation_keeps_the_loss_of_every_held_out_token(cfg):
     assert len(losses) == 5 and all(values.dtype == np.float16 for values in losses)
     means = [values.mean(dtype=float) for values in losses]
     assert means == pytest.approx([r["val_corpus_loss"] for r in records[1:]], abs=2e-3)
-    x, y = Windows(cfg, Run(cfg).meta, "val_corpus")[np.arange(4)]
+    x, y = Windows(cfg, Process(cfg).meta, "val_corpus")[np.arange(4)]
     last = rho.token_loss(model.head(model(x)), y).detach().numpy()
     assert losses[-1] == pytest.approx(last, abs=0.01)
 
@@ -1101,7 +1101,7 @@ def test_two_processes_train_as_one(cfg, two_ranks):
     """The same global batch: the same losses; the same bytes of scores; rank 0 alone writes."""
     go(cfg, "ref")
     one, alone = go(cfg, "clm")
-    score_corpus(cfg, Run(cfg), Windows(cfg, Run(cfg).meta, "train"))
+    score_corpus(cfg, Process(cfg), Windows(cfg, Process(cfg).meta, "train"))
     scores = next(Path(cfg.out, "scores").rglob("*.f16"))
     expected = scores.read_bytes()
     scores.unlink()
@@ -1137,12 +1137,12 @@ def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks, mix):
 @pytest.mark.parametrize("mix", [0.25, 0.5, 0.6])
 def test_mix_gives_each_rank_its_part_of_the_clean_windows(cfg, mix):
     """Every second window to a rank would give all clean ones, at a mix of 0.5, to one of two."""
-    ranks = [Run(cfg), Run(cfg)]
-    for number, run in enumerate(ranks):
-        run.rank, run.world = number, 2
+    ranks = [Process(cfg), Process(cfg)]
+    for number, process in enumerate(ranks):
+        process.rank, process.world = number, 2
     for step in range(10):
         windows = batch(100, 8, 7, step, mix, 60)
-        shares = [run.share(windows) for run in ranks]
+        shares = [process.share(windows) for process in ranks]
         assert np.concatenate(shares).tolist() == windows.tolist()
         clean = [int((share >= 100).sum()) for share in shares]
         assert max(clean) - min(clean) <= 1
@@ -1201,7 +1201,7 @@ def changed(tmp_path, monkeypatch):
 
 def variant(module, cfg, **changes):
     cfg = module.Config(**vars(replace(cfg, **{"select": "excess", **changes})))
-    return module.train_arm(cfg, module.Run(cfg), "slm")
+    return module.train_arm(cfg, module.Process(cfg), "slm")
 
 
 # The flags that a change is for. Two references, where it takes two: ref and other.
@@ -1232,8 +1232,10 @@ def test_variant_of_two_references_is_the_mean_of_both(cfg, changed):
     go(cfg, "ref")
     go(cfg, "ref", name="other", seed=2)
     module, paths = changed("averaged"), [f"{cfg.out}/{name}.pt" for name in ("ref", "other")]
-    windows, seen = Windows(cfg, Run(cfg).meta, "train"), []
-    known = [score_corpus(replace(cfg, reference=p), Run(cfg), windows)["ref_loss"] for p in paths]
+    windows, seen = Windows(cfg, Process(cfg).meta, "train"), []
+    known = [
+        score_corpus(replace(cfg, reference=p), Process(cfg), windows)["ref_loss"] for p in paths
+    ]
     rule = module.score_tokens
     monitor = lambda *a, ref_loss, **k: seen.append(ref_loss) or rule(*a, ref_loss=ref_loss, **k)  # noqa: E731
     module.score_tokens = monitor
