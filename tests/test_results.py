@@ -615,7 +615,7 @@ def test_every_published_log_is_of_a_named_command_and_the_other_way_round():
         if name != "sft" or logs.sources("sft"):  # else it has not been run
             lines += commands()
     made = experiments.logs_made(lines)
-    folders = [RESULTS / "runs", RESULTS / "real"]
+    folders = [RESULTS / "runs", RESULTS / "fresh", RESULTS / "real"]
     found = [path for folder in folders for path in folder.rglob("*.jsonl")]
     assert sorted(made) == sorted(str(path.relative_to(RESULTS)) for path in found)
 
