@@ -23,7 +23,7 @@ from controls import (
     trial_name,
     use_name,
 )
-from logs import ends, gains, published, spread, with_interval
+from logs import ends, gains, percent, published, spread, with_interval
 
 from rho import tokens_in_all
 
@@ -134,43 +134,38 @@ def map_sentences(folder):
         wins = sum(a > b for a, b in pairs)
         yield f"{words}, the best arm with selection is ahead of the best without in {wins} of"
         yield f"{len(pairs)} cells: {', '.join(f'{a:.1f} against {b:.1f}' for a, b in pairs)}."
-    yield from close_sentences(folder / "runs")
-    yield "CLM on both texts, by the share of clean text in the mixture (the table's is set bold):"
-    lines = []
-    for amount, shares in TRIED_MIX.items():
-        words = []
+
+
+def shares_table(folder):
+    """CLM on both texts by the share of clean text in the mixture, seed 1; the chosen one bold."""
+    shares = sorted({mix for tried in TRIED_MIX.values() for mix in tried}, key=float)
+    yield ["clean text", *(f"{percent(float(mix))} of the mixture" for mix in shares)]
+    for amount, tried in TRIED_MIX.items():
+        row = [f"{amount} x"]
         for mix in shares:
             run = use_name(amount, "third", "mixed_clm", mix)
             records = published(run, folder / "runs").get(1)
-            if records:
-                mark = "**" if mix == MIX[amount] else ""
-                words.append(f"{mark}{100 * float(mix):.0f} %{mark} {right(records):.1f}")
-        lines.append(f"{amount} x: {', '.join(words)}")
-    yield f"{'; '.join(lines)}."
+            cell = f"{right(records):.1f}" if mix in tried else ""
+            row.append(f"**{cell}**" if mix == MIX[amount] else cell)
+        yield row
 
 
-def close_sentences(part):
-    """The cell in which SLM on both texts is level with CLM on them, with more seeds."""
-    slm = use_name(*CLOSE_CELL, "mixed_slm")
-    clm = use_name(*CLOSE_CELL, RIVAL)
-    seeds = len(published(slm, part))
-    points = with_interval(gains(slm, clm, "right", part))
-    nats = with_interval(gains(slm, clm, "val_loss", part), 3)
-    ending = spread(ends(slm, "right", part))
-    kept = []
+def cheap_table(folder):
+    """SLM with the cheaper reference, beside CLM on both texts."""
+    part = folder / "runs"
+    yield ["use", "seeds", "target loss", "answers right, %", f"points over {USES[RIVAL].label}"]
+    rows = {USES[RIVAL].label: use_name(*CLOSE_CELL, RIVAL)}
+    both = USES["mixed_slm"].label
+    rows[f"{both}, 50 % kept"] = use_name(*CLOSE_CELL, "mixed_slm")
     for ratio in TRIED_RATIOS:
-        records = published(ratio_name(ratio), part).get(1)
-        if records:
-            kept.append(f"{right(records):.1f} at {100 * float(ratio):.0f} %")
-    yield f"With the cheaper reference SLM on both texts ends at {ending} %,"
-    yield f"{points} points over CLM on both, {nats} nats in target loss ({seeds} seeds);"
-    yield f"seed 1 with another share of the corpus kept than half: {', '.join(kept)}."
-    begun = []
+        rows[f"{both}, {100 * float(ratio):.0f} % kept"] = ratio_name(ratio)
     for arm in BEGUN_ARMS:
-        records = published(new_rate_name(arm), part).get(1)
-        if records:
-            begun.append(f"{USES[arm].label}: {right(records):.1f}")
-    yield f"There, at {NEW_RATE}, the rate of new weights (seed 1): {'; '.join(begun)}."
+        rows[f"{USES[arm].label}, rate {NEW_RATE}"] = new_rate_name(arm)
+    for label, run in rows.items():
+        points = gains(run, use_name(*CLOSE_CELL, RIVAL), "right", part)
+        row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
+        row.append(spread(ends(run, "right", part)))
+        yield [*row, "" if label == USES[RIVAL].label else with_interval(points)]
 
 
 def right(records):

@@ -21,12 +21,19 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controls import (  # noqa: E402
+    BEGUN_ARMS,
+    CLEAN_CELLS,
+    CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
     SLM_RATES,
     TRIED,
+    TRIED_MIX,
+    TRIED_RATIOS,
     USES,
+    new_rate_name,
+    ratio_name,
     trial_name,
     use_name,
 )
@@ -68,6 +75,11 @@ MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
 FRESH_LOGS = [f"fresh/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
 DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
+MAP = [use_name(*cell, arm) for cell in CLEAN_CELLS for arm in ("ref", *USES)]
+SHARES = [use_name(n, "third", "mixed_clm", mix) for n, tried in TRIED_MIX.items() for mix in tried]
+BOTH = [use_name(*CLOSE_CELL, arm) for arm in ("mixed_clm", "mixed_slm")]
+CHEAP_TRIALS = [ratio_name(ratio) for ratio in TRIED_RATIOS]
+CHEAP_TRIALS += [new_rate_name(arm) for arm in BEGUN_ARMS]
 TRIALS = [trial_name(arm, rate) for arm, rates in TRIED.items() for rate in rates]
 SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED["slm"], *SLM_RATES)]
 # {table: the files that it is made from, as patterns within results/}.
@@ -101,7 +113,9 @@ SOURCES = {
     "real-lr": ["real/seed1/lr*.jsonl"],
     "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
-    "clean-map": ["runs/seed*/use-*.jsonl"],
+    "clean-map": [f"runs/seed1/{run}.jsonl" for run in MAP],
+    "clean-shares": [f"runs/seed1/{run}.jsonl" for run in SHARES],
+    "clean-cheap": [f"runs/seed*/{run}.jsonl" for run in (*BOTH, *CHEAP_TRIALS)],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
     **{
         table: [f"runs/seed*/{run}.jsonl" for run in (CONTROL_CLM, CONTROL_SLM, *controls)]

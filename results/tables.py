@@ -27,9 +27,11 @@ from checks import (  # noqa: E402
     paper_table,
 )
 from control_tables import (  # noqa: E402
+    cheap_table,
     clean_map,
     clean_table,
     control_table,
+    shares_table,
     slm_rates_table,
     trials_table,
     uses_table,
@@ -315,6 +317,8 @@ TABLES = {
     "uses": uses_table,
     "clean": clean_table,
     "clean-map": clean_map,
+    "clean-shares": shares_table,
+    "clean-cheap": cheap_table,
     "clean-trials": trials_table,
     **{table: partial(control_table, table) for table in CONTROLS},
     "slm-lr": slm_rates_table,
