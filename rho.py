@@ -645,7 +645,7 @@ def needs_reference(select):
 def score_corpus(cfg, process, windows):
     """Have the reference score a corpus: {"ref_loss": float16 (windows.n, T), ...}, on disk.
 
-    Only the windows that a run of --tokens sees are scored; batches that are complete are skipped.
+    Only the windows that a run of --tokens sees are scored, and of these what is not scored yet.
     Ranks share the work; the files do not depend on how many they are.
     """
     names = ["ref_loss"]
@@ -662,13 +662,12 @@ def score_corpus(cfg, process, windows):
                 make_scores(file, windows)
         process.wait()
         scores = {name: open_scores(file, windows) for name, file in files.items()}
-        # Filter only after splitting: the parts must not depend on what is scored already, which
-        # a rank that looks later sees otherwise.
-        my_parts = torch.tensor(visited_windows(cfg, windows)).split(cfg.micro_batch)
-        my_parts = my_parts[process.rank :: process.world]
+        missing = torch.from_numpy(unscored(scores, visited_windows(cfg, windows)))
+        # No rank may write before all have looked: they must share out the same windows.
         process.wait()
-        my_parts = [ids for ids in my_parts if not all(is_scored(scores[n], ids) for n in names)]
-        if my_parts:
+        my_parts = []
+        if len(missing):
+            my_parts = missing.split(cfg.micro_batch)[process.rank :: process.world]
             process.say(f"scoring by {path} -> {folder}")
             for file in files.values():
                 checksum_of(file).unlink(missing_ok=True)
@@ -677,7 +676,7 @@ def score_corpus(cfg, process, windows):
             results = score_batch(process, reference, pair, cfg.fast, "ref_entropy" in names)
             for name, values in zip(names, results, strict=True):
                 check_finite(values, f"{path}: its {name}", f"windows {ids.tolist()}")
-                # What is scored already stays, to the last bit: a run may have begun with it.
+                # With several score files, one may have this window: a run may have begun with it.
                 before = scores[name][ids]
                 scores[name][ids] = np.where(np.isnan(before), values.cpu().numpy(), before)
         process.wait()
@@ -746,9 +745,11 @@ def open_scores(path, windows):
     return np.memmap(path, np.float16, "r+", shape=(windows.n, windows.T))
 
 
-def is_scored(scores, ids):
+def unscored(scores, ids):
+    """Those of the windows that a score file lacks."""
     # A window is written at once, so its last token speaks for all.
-    return not np.isnan(scores[ids, -1]).any()
+    lacking = [np.isnan(values[ids, -1]) for values in scores.values()]
+    return ids[np.any(lacking, axis=0)]
 
 
 def checksum_of(path):

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -506,30 +508,64 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
 
 
 def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
-    """One rank may have written all of its scores before the other looks at what is missing."""
+    """The fast one must not write its scores before the slow one has looked at what is missing."""
     go(cfg, "ref")
-    monkeypatch.setattr(Process, "wait", lambda self: None)
-    for rank in (0, 1):
+    barrier = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(Process, "wait", lambda self: barrier.wait())
+    real = rho.unscored
+
+    def look(scores, ids):
+        if threading.current_thread().name == "slow":
+            time.sleep(0.5)
+        return real(scores, ids)
+
+    monkeypatch.setattr(rho, "unscored", look)
+
+    def score(rank):
         process = Process(cfg)
         process.rank, process.world = rank, 2
-        scores = score_corpus(cfg, process, Windows(cfg, process.meta, "train"))["ref_loss"]
-    assert (~np.isnan(np.array(scores))).sum() == cfg.tokens
+        score_corpus(cfg, process, Windows(cfg, process.meta, "train"))
+
+    slow = threading.Thread(target=score, args=[1], name="slow")
+    slow.start()
+    score(0)
+    slow.join()
+    scores = np.fromfile(next(Path(cfg.out, "scores").rglob("*.f16")), np.float16)
+    assert (~np.isnan(scores)).sum() == cfg.tokens
 
 
-def test_a_score_that_a_run_began_with_stays_as_it_was(cfg, monkeypatch):
-    """More windows are scored in other batches, which may round otherwise."""
+def test_of_a_longer_run_only_the_new_windows_are_scored(cfg, monkeypatch):
+    """The others stay to the last bit: a run has begun with them."""
     go(cfg, "ref")
     go(cfg, "slm", tokens=1280)
     path = next(Path(cfg.out, "scores").rglob("*.f16"))
     before = np.fromfile(path, np.float16)
-    real = rho.all_losses
-    monkeypatch.setattr(rho, "all_losses", lambda *args, **more: (real(*args, **more)[0] + 1, None))
+    real, scored = rho.all_losses, []
+
+    def one_more(hidden, weight, targets, **options):
+        scored.append(targets.numel())
+        return real(hidden, weight, targets, **options)[0] + 1, None
+
+    monkeypatch.setattr(rho, "all_losses", one_more)
     process = Process(cfg)
     score_corpus(cfg, process, Windows(cfg, process.meta, "train"))
     after = np.fromfile(path, np.float16)
     known = ~np.isnan(before)
     assert (after[known] == before[known]).all()
-    assert 1280 == known.sum() < (~np.isnan(after)).sum() == 2560
+    assert known.sum() == sum(scored) == 1280 and (~np.isnan(after)).sum() == 2560
+
+
+def test_losses_that_are_there_stay_when_entropies_are_added(cfg, monkeypatch):
+    go(cfg, "ref")
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "train")
+    before = np.array(score_corpus(cfg, process, windows)["ref_loss"])
+    real = rho.all_losses
+    monkeypatch.setattr(rho, "all_losses", lambda *args, **more: (real(*args, **more)[0] + 1, None))
+    scores = score_corpus(replace(cfg, select="ref_both"), process, windows)
+    assert (np.isnan(scores["ref_loss"]) == np.isnan(before)).all()
+    assert np.nanmax(np.abs(scores["ref_loss"] - before)) == 0
+    assert (np.isnan(scores["ref_entropy"]) == np.isnan(before)).all()
 
 
 def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkeypatch):
