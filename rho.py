@@ -162,8 +162,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
     is False where there is nothing to learn: such a token is not selected and does not count in k.
-    A rule may exclude a token by a score of -inf. ValueError: a score that is NaN, or both or
-    neither of ratio and threshold.
+    A rule may exclude a token by a score of -inf. ValueError: a score that is NaN, scores of
+    another shape than valid, or both or neither of ratio and threshold.
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("select_tokens takes a ratio or a threshold, one of them")
@@ -173,6 +173,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
         raise ValueError("a score is NaN: the rule may divide 0 by 0 (clamp what it divides by)")
     if valid is None:
         valid = torch.ones_like(score, dtype=torch.bool)
+    if score.shape != valid.shape:
+        raise ValueError(f"a rule gave scores {tuple(score.shape)} for {tuple(valid.shape)} tokens")
     score = score.masked_fill(~valid, -torch.inf)  # (B, T)
     if threshold is not None:
         return score > threshold
@@ -275,6 +277,8 @@ class Config:
 
 def train(cfg, process, split):
     """Train one run to its end, resuming where it stopped; returns the records of its log."""
+    path = Path(cfg.out, f"{cfg.name}.pt")
+    refuse_other_flags(path, cfg)
     # The text, and the rule's inputs for each of its tokens.
     windows = Windows(cfg, process.meta, split, "ref" if cfg.mix else None)
     held_out = [Windows(cfg, process.meta, name) for name in ("val", "val_corpus")]
@@ -288,7 +292,6 @@ def train(cfg, process, split):
     sums = new_sums()
 
     # There may already be a run of this name: finished, interrupted, or a different one.
-    path = Path(cfg.out, f"{cfg.name}.pt")
     identity = run_identity(cfg, process, model, windows, inputs)
     records = [header(cfg, process, model, identity)]
     saved = checkpoint_to_resume(path, identity, cfg)
@@ -411,22 +414,21 @@ def gradient_exchange(process, wrapped, is_last):
     return wrapped.no_sync()
 
 
-def check_fast_form():
+def check_fast_form(n_vocab):
     """InputError unless the fast forms compute what token_loss and selective_loss compute."""
-    # Random logits with easy and hard targets. As hidden states, with the identity as head, they
-    # are what the fast forms take.
+    # Random hidden states, with easy and hard targets from all of the vocabulary.
     generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(2, 32, 50, generator=generator)  # (B, T, V)
-    logits.requires_grad_()
-    targets = torch.randint(50, (2, 32), generator=generator)
-    weights = torch.rand(2, 32, generator=generator)
-    head = torch.eye(50)
+    hidden = torch.randn(2, 128, 16, generator=generator)  # (B, T, C)
+    hidden.requires_grad_()
+    head = torch.randn(n_vocab, 16, generator=generator)  # (V, C)
+    targets = torch.randint(n_vocab, (2, 128), generator=generator)
+    weights = torch.rand(2, 128, generator=generator)
     for mask in (weights < 0.5, weights):
-        losses, saved_for_gradient = all_losses(logits, head, targets)
-        loss = selected_loss(logits, head, targets, mask, saved_for_gradient)
-        plain_losses = token_loss(logits, targets)
+        losses, saved_for_gradient = all_losses(hidden, head, targets)
+        loss = selected_loss(hidden, head, targets, mask, saved_for_gradient)
+        plain_losses = token_loss(hidden @ head.T, targets)
         plain_loss = selective_loss(plain_losses, mask) * mask.sum()
-        gradient, plain_gradient = [torch.autograd.grad(x, logits)[0] for x in (loss, plain_loss)]
+        gradient, plain_gradient = [torch.autograd.grad(x, hidden)[0] for x in (loss, plain_loss)]
         pairs = [(losses, plain_losses), (loss, plain_loss), (gradient, plain_gradient)]
         if not all(torch.allclose(fast, plain, atol=1e-3) for fast, plain in pairs):
             raise InputError(
@@ -629,9 +631,10 @@ def rule_inputs(cfg, process, windows):
     inputs = {}
     if "truth" in NEEDS[cfg.select]:
         path = Path(cfg.data) / "kinds.npz"
-        if not path.exists():
-            raise InputError(f"--select oracle: {cfg.data} is no demo, so the truth is not known")
-        kinds = np.load(path)[windows.path.stem][1 : windows.n * windows.T + 1]  # of the targets
+        kinds_of = np.load(path) if path.exists() else {}
+        if windows.path.stem not in kinds_of:
+            raise InputError(f"--select oracle: of {windows.path} the truth is not known")
+        kinds = kinds_of[windows.path.stem][1 : windows.n * windows.T + 1]  # of the targets
         inputs["truth"] = (kinds == 0).reshape(windows.n, windows.T)  # kind 0: target text
     if needs_reference(cfg.select):
         inputs.update(score_corpus(cfg, process, windows))
@@ -666,7 +669,9 @@ def score_corpus(cfg, process, windows):
         # No rank may write before all have looked: they must share out the same windows.
         process.wait()
         my_parts = []
-        if len(missing):
+        if not len(missing):
+            process.say(f"scored already: {folder}")
+        else:
             my_parts = missing.split(cfg.micro_batch)[process.rank :: process.world]
             process.say(f"scoring by {path} -> {folder}")
             for file in files.values():
@@ -828,30 +833,42 @@ def same_tokenizer(spec, model, checkpoint):
 
 
 def command_for(path, cfg):
-    """The command that makes a checkpoint, as far as its name tells."""
+    """The command that makes a checkpoint, as far as its name tells: see arm_config."""
     here = replace(cfg, out=str(path.parent), init="")
-    stage, _, rule = path.stem.partition("-")
-    if path.stem in STAGE_RULES:
+    if cfg.stage in ("ref", "sft"):
+        here.tokens = Config.tokens  # arm_config has put these stages' own number there
+    stage, *rest = path.stem.split("-")
+    flags = ""
+    if rest[-1:] == ["mix"]:
+        flags = f" --mix {DEMO_MIX}"
+        rest = rest[:-1]
+    if stage in STAGE_RULES and not rest:
+        return command_line(here, stage, flags)
+    if stage in STAGE_RULES and rest[0] in NEEDS and len(rest) == 1:
+        return command_line(here, stage, f" --select {rest[0]}{flags}")
+    if stage == "dynamics":
         return command_line(here, stage)
-    if path.stem in ("clm-mix", "slm-mix"):
-        return command_line(here, f"{stage} --mix {DEMO_MIX}")
-    if stage in STAGE_RULES and rule in NEEDS:
-        return command_line(here, f"{stage} --select {rule}")
-    return command_line(here, f"ref --name {path.stem}")
+    if stage not in STAGE_RULES:
+        stage = "ref"
+    return command_line(here, stage, f" --name {shlex.quote(path.stem)}")
 
 
 # Flags that belong to one run. The others are of the whole experiment.
 OF_ONE_RUN = {"stage", "name", "restart", "select", "reference", "ratio", "threshold", "mix"}
 
 
-def command_line(cfg, stage):
+def command_line(cfg, stage, flags=""):
     """The command of another stage of the same experiment."""
-    shown = ""
     for f in fields(cfg):
         given = getattr(cfg, f.name)
         if f.name not in OF_ONE_RUN and given != f.default:
-            shown += f" --{f.name} {given}"
-    return f"python rho.py --stage {stage}{shown}"
+            flags += f" --{f.name} {shlex.quote(str(given))}"
+    return f"{launcher()} rho.py --stage {stage}{flags}"
+
+
+def launcher():
+    world = os.environ.get("WORLD_SIZE", "1")
+    return "python" if world == "1" else f"torchrun --nproc_per_node={world}"
 
 
 def weights_hash(model):
@@ -869,7 +886,8 @@ def held_out_losses(cfg, process, model, windows):
     ids = torch.arange(min(cfg.eval_windows, windows.n))
     losses = []
     for part in ids.split(cfg.micro_batch):
-        losses.append(score_batch(process, model, windows[part], cfg.fast)[0])
+        # By model.py's loss, also with --fast false: an edited token_loss must not measure itself.
+        losses.append(score_batch(process, model, windows[part])[0])
     return torch.cat(losses)
 
 
@@ -921,7 +939,7 @@ def report(process, cfg, records):
     if last["empty_steps"]:
         rule = f"--select {cfg.select}, ratio {cfg.ratio}, threshold {cfg.threshold}"
         then = "trained on clean text alone" if cfg.mix else "were not made"
-        empty = f"{last['empty_steps']} steps selected no token of the corpus and {then}"
+        empty = f"{last['empty_steps']} steps selected no token and {then}"
         process.say(f"{cfg.name}: {empty} ({rule})")
 
 
@@ -995,11 +1013,27 @@ def checkpoint_to_resume(path, identity, cfg):
         else:
             differing.append(key)
     if differing:
-        what = ", ".join(differing[:3])
-        raise InputError(
-            f"{path} is another run ({what}). Give this one a --name, or --restart to replace it"
-        )
+        raise InputError(another_run(path, differing))
     return saved
+
+
+def refuse_other_flags(path, cfg):
+    """InputError if the log has other flags: to be told before the corpus is scored, not after."""
+    log = path.with_suffix(".jsonl")
+    if cfg.restart or not (path.exists() and log.exists()):
+        return
+    flags = read_log(log)[0]["config"]
+    differing = []
+    for key, mine in asdict(cfg).items():
+        if key not in NOT_IDENTITY and flags.get(key) != mine:
+            differing.append(f"--{key} was {flags.get(key)}")
+    if differing:
+        raise InputError(another_run(path, differing))
+
+
+def another_run(path, differing):
+    what = ", ".join(differing[:3])
+    return f"{path} is another run ({what}). Give this one a --name, or --restart to replace it"
 
 
 def restore(path, process, saved, model, optimizers):
@@ -1042,12 +1076,10 @@ def save_log(path, records):
 
 def header(cfg, process, model, identity):
     """The first record of a log: what is run, with what, and where."""
-    launcher = ["python"]
-    if process.world > 1:
-        launcher = ["torchrun", f"--nproc_per_node={process.world}"]
+    typed = [word for word in sys.argv if not word.startswith("--restart")]
     return {
         "run": cfg.name,
-        "command": shlex.join([*launcher, *sys.argv]),
+        "command": f"{launcher()} {shlex.join(typed)}",
         "config": asdict(cfg),
         "model": asdict(model.config),
         "params": model.num_params(),
@@ -1402,7 +1434,7 @@ def train_arm(cfg, process, stage):
     split = {"ref": "ref", "sft": "sft"}.get(stage, "train")
     path = Path(cfg.out, f"{cfg.name}.pt")
     if cfg.fast:
-        check_fast_form()
+        check_fast_form(process.meta["tokenizer"]["n_vocab"])
     with process.only_writer(path), catch_signals(process.on_signal):
         try:
             return train(cfg, process, split)
@@ -1481,11 +1513,16 @@ def check_config(cfg, world):
 
 def next_command(cfg):
     """What to run after a stage."""
-    if cfg.stage == "score" and cfg.mix:
-        return command_line(cfg, f"slm --mix {cfg.mix}")
-    if cfg.stage in ("slm", "sft") or cfg.mix:
-        return command_line(Config(out=cfg.out), "table")
-    return command_line(cfg, "slm")
+    if cfg.stage in ("slm", "sft") or (cfg.stage == "clm" and cfg.mix):
+        return f"python rho.py --stage table --out {shlex.quote(cfg.out)}"
+    flags = ""
+    if cfg.stage == "ref" and cfg.name:
+        flags = f" --reference {shlex.quote(f'{cfg.out}/{cfg.name}.pt')}"
+    if cfg.stage == "score":
+        for name in ("select", "reference", "mix"):
+            if getattr(cfg, name):
+                flags += f" --{name} {shlex.quote(str(getattr(cfg, name)))}"
+    return command_line(cfg, "slm", flags)
 
 
 def run_stage(cfg):

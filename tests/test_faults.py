@@ -70,6 +70,25 @@ def test_missing_start_names_the_command_that_makes_that_very_file(place, capsys
     assert "--block_size 64" in line  # a model of other windows would not do
 
 
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("slm", "--stage slm"),
+        ("slm-random-mix", "--stage slm --select random --mix 0.6"),
+        ("slm-mix", "--stage slm --mix 0.6"),
+        ("clm-mix", "--stage clm --mix 0.6"),
+        ("slm-mix9", "--stage slm --name slm-mix9"),
+        ("dynamics-slm", "--stage dynamics"),
+        ("a b", "--stage ref --name 'a b'"),
+    ],
+)
+def test_a_missing_checkpoint_is_made_by_the_command_of_its_name(name, flags):
+    """Fine-tuning has a budget of its own, which is not the student's."""
+    cfg = rho.arm_config(rho.Config(stage="sft", init=f"my runs/{name}.pt", lr=1e-3), "sft")
+    command = rho.command_for(Path(cfg.init), cfg)
+    assert command == f"python rho.py {flags} --out 'my runs' --lr 0.001"
+
+
 def test_missing_data(place, capsys, tmp_path):
     line = refused((tmp_path / "nowhere", place[1]), capsys, "--stage=clm")
     assert "nowhere" in line and "python prepare_data.py" in line
@@ -145,7 +164,7 @@ def test_hugging_face_weights_of_another_vocabulary(place, capsys, tmp_path, voc
 
 def test_reference_that_is_not_finished(place, capsys, monkeypatch):
     """The command that began it finishes it, whatever the checkpoint is called."""
-    monkeypatch.setattr(sys, "argv", ["rho.py", "--stage=ref", "--name", "my own"])
+    monkeypatch.setattr(sys, "argv", ["rho.py", "--stage=ref", "--restart", "--name", "my own"])
     run(place, "--stage=ref", "--name=mine")
     path = place[1] / "mine.pt"
     torch.save(model.load_checkpoint(path) | {"steps": 1000}, path)
@@ -205,7 +224,7 @@ def test_oracle_without_truth(place, capsys):
     del meta["files"]["kinds.npz"]
     (place[0] / "meta.json").write_text(json.dumps(meta))
     (place[0] / "kinds.npz").unlink()
-    assert "is no demo" in refused(place, capsys, "--stage=slm", "--select=oracle")
+    assert "the truth is not known" in refused(place, capsys, "--stage=slm", "--select=oracle")
 
 
 # ---- bad luck ------------------------------------------------------------------------------------

@@ -98,6 +98,12 @@ def test_a_rule_without_its_input_raises_and_names_it(select):
             score_tokens(select, torch.rand(2, 3), **given)
 
 
+def test_scores_of_another_shape_are_refused():
+    """One score a position would be repeated in every window, silently."""
+    with pytest.raises(ValueError, match="scores .4,. for .2, 4. tokens"):
+        select_tokens(torch.rand(4), 0.5, valid=torch.ones(2, 4, dtype=torch.bool))
+
+
 def test_every_rule_that_the_command_line_offers_has_a_branch():
     student, ref, entropy = torch.rand(3, 2, 3)
     for select in NEEDS:

@@ -234,7 +234,7 @@ def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast, capsys):
     # It is said all the same: the rule does nothing.
     assert [record["empty_steps"] for record in records[1:]] == [2] * 5
     said = capsys.readouterr().out
-    assert "2 steps selected no token of the corpus and trained on clean text alone" in said
+    assert "2 steps selected no token and trained on clean text alone" in said
 
 
 def test_mix_a_step_without_a_corpus_window_is_not_empty(cfg):
@@ -310,9 +310,15 @@ def mean_over_the_number(real, student_loss, mask):
     return (student_loss * mask).sum() / (mask > 0).sum()
 
 
+def nothing_for_late_ids(real, logits, targets):
+    """The demo's ids go to 299."""
+    return real(logits, targets) * (targets < 250)
+
+
 @pytest.mark.parametrize(
     "name, edit",
     [
+        ("token_loss", nothing_for_late_ids),
         ("token_loss", tenth_more),
         ("token_loss", half_the_gradient),
         ("selective_loss", tenth_more),
@@ -326,6 +332,16 @@ def test_an_edited_loss_that_the_fast_form_would_not_run_is_refused(cfg, monkeyp
     with pytest.raises(rho.InputError, match="add --fast false"):
         go(cfg, "clm")
     go(cfg, "clm", fast=False)
+
+
+def test_an_edited_loss_does_not_measure_itself(cfg, monkeypatch):
+    """Held-out losses are model.py's in every arm. One step at a tiny rate: the same weights."""
+    settings = {"tokens": 256, "evals": 1, "lr": 1e-9}
+    plain = go(cfg, "clm", **settings)[1][-1]
+    monkeypatch.setattr(rho, "token_loss", partial(tenth_more, rho.token_loss))
+    edited = go(cfg, "clm", name="edited", fast=False, **settings)[1][-1]
+    assert edited["student_loss"] == pytest.approx(1.1 * plain["student_loss"], rel=1e-3)
+    assert edited["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
 
 
 def test_the_whole_sequence_stays_the_input(cfg):
@@ -370,7 +386,7 @@ def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
     assert same(model, GPT(model.config))  # not even weight decay moved it
     assert records[-1]["trained"] == 0 and records[-1]["empty_steps"] == 2
     said = capsys.readouterr().out
-    assert "2 steps selected no token of the corpus and were not made" in said
+    assert "2 steps selected no token and were not made" in said
 
 
 def test_momentum_moves_nothing_while_nothing_is_selected(cfg, monkeypatch):
@@ -739,6 +755,20 @@ def test_a_changed_rule_is_another_run_and_a_comment_is_not(cfg, tmp_path, monke
         go(cfg, "clm")
 
 
+def test_another_run_is_refused_before_the_corpus_is_scored(cfg, monkeypatch):
+    go(cfg, "ref")
+    go(cfg, "slm")
+    monkeypatch.setattr(rho, "score_batch", None)
+    with pytest.raises(rho.InputError, match="slm.pt is another run .--block_size was 64"):
+        go(cfg, "slm", block_size=32)
+
+
+def test_the_oracle_knows_nothing_of_text_for_fine_tuning(cfg):
+    go(cfg, "clm")
+    with pytest.raises(rho.InputError, match="oracle: of .*sft.bin the truth is not known"):
+        go(cfg, "sft", init=f"{cfg.out}/clm.pt", select="oracle")
+
+
 def test_scores_from_elsewhere_are_another_run(cfg, monkeypatch):
     """A diff that averages two references gives other numbers, under the same file name."""
     go(cfg, "ref")
@@ -993,12 +1023,15 @@ def test_mix_is_in_the_default_name(cfg):
     "flags, then",
     [
         ("--stage ref --block_size 256 --lr 2e-3", "--stage slm --block_size 256 --lr 0.002"),
-        ("--stage ref --ratio 0.3 --name mine --tied", "--stage slm --tied True"),
+        ("--stage ref --ratio 0.3 --tied", "--stage slm --tied True"),
+        ("--stage ref --name mine", "--stage slm --reference out/demo/mine.pt"),
         ("--stage clm --init base --out o", "--stage slm --out o --init base"),
         ("--stage clm --mix 0.3 --lr 2e-3 --out o", "--stage table --out o"),
         ("--stage score --mix 0.3 --block_size 64", "--stage slm --mix 0.3 --block_size 64"),
-        ("--stage slm --select random --block_size 64", "--stage table"),
-        ("--stage sft --init x.pt", "--stage table"),
+        ("--stage slm --select random --block_size 64", "--stage table --out out/demo"),
+        ("--stage sft --init x.pt", "--stage table --out out/demo"),
+        ("--stage score --reference r.pt", "--stage slm --reference r.pt"),
+        ("--stage score --select ref_both", "--stage slm --select ref_both"),
     ],
 )
 def test_the_next_command_is_of_the_same_experiment(flags, then):
@@ -1006,6 +1039,12 @@ def test_the_next_command_is_of_the_same_experiment(flags, then):
     command = rho.next_command(rho.parse(flags.split()))
     assert command == f"python rho.py {then}"
     assert rho.parse(command.split()[2:])  # it can be typed
+
+
+def test_the_next_command_of_two_processes_starts_two(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = rho.next_command(rho.parse(["--stage", "ref", "--out", "a b"]))
+    assert command == "torchrun --nproc_per_node=2 rho.py --stage slm --out 'a b'"
 
 
 def test_next_is_said_at_the_end(cfg, capsys):
