@@ -235,7 +235,8 @@ def control_table(name, folder):
         row = [label, str(len(logs)), f"{tokens_in_all(logs[0]):,}"]
         row.append(f"{logs[0][-1]['trained']:,}")
         row.append(spread(ends(run, "val_loss", part), 3))
-        yield [*row, spread(ends(run, "right", part)), with_interval(points)]
+        over_clm = "" if run == CONTROL_CLM else with_interval(points)
+        yield [*row, spread(ends(run, "right", part)), over_clm]
 
 
 def slm_rates_table(folder):

@@ -213,7 +213,12 @@ class Control(NamedTuple):
     flags: str = "--select excess --reference REF"
 
 
-CONTROL_SEEDS = (1,)
+CONTROL_SEEDS = {
+    "units": (1, 2, 3),
+    "no-reference": (1, 2, 3),
+    "when": (1, 2, 3),
+    "fixed": (1, 2, 3),
+}
 CONTROL_CLM = "control-clm"
 CONTROL_SLM = trial_name("slm", "7.5e-4")
 # Another student's losses, stored, in place of the student's own.
@@ -269,11 +274,12 @@ def controls_commands():
     variants = [control.variant for table in CONTROLS.values() for control in table.values()]
     copies = [command for name in sorted({*variants} - {""}) for command in changed_copy(name)]
     yield " && ".join(copies)
-    for seed in CONTROL_SEEDS:
+    for seed in sorted({seed for seeds in CONTROL_SEEDS.values() for seed in seeds}):
         if seed > 1:  # of seed 1 they are runs of clean-trials
             yield " && ".join(trial_run(arm, "7.5e-4", seed) for arm in ("ref", "slm"))
-        for table in CONTROLS.values():
-            yield " && ".join(control_run(*item, seed) for item in table.items())
+        for name, table in CONTROLS.items():
+            if seed in CONTROL_SEEDS[name]:
+                yield " && ".join(control_run(*item, seed) for item in table.items())
 
 
 def slm_lr_commands():
