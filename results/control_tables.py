@@ -23,7 +23,7 @@ from controls import (
     trial_name,
     use_name,
 )
-from logs import ends, gains, percent, published, spread, with_interval
+from logs import ends, gains, percent, published, spread, value, where, with_interval
 
 from rho import tokens_in_all
 
@@ -85,7 +85,12 @@ def uses_table(folder):
                 yield [at_hand, labels[arm], loss, spread(ends(run, "right", part))]
 
 
-SHARES = {"third": "1/3", "tenth": "1/10"}
+def uses_sentences(folder):
+    logs = published(use_name(*DEMO_CELL, "slm"), folder / "runs")
+    yield f"{len(logs)} seeds. {where(logs[1][0])}."
+
+
+REF_SHARES = {"third": "1/3", "tenth": "1/10"}
 
 
 def cells(folder):
@@ -97,7 +102,7 @@ def cells(folder):
             for arm in (*USES, "ref"):
                 records = published(use_name(amount, share, arm), folder / "runs").get(1)
                 if records:
-                    answers[arm] = right(records)
+                    answers[arm] = value(records[-1], "right")
             if "slm" in answers:
                 found[amount, share] = answers
     return found
@@ -106,7 +111,7 @@ def cells(folder):
 def clean_map(folder):
     """Right answers by amount of clean text and the reference's share of all tokens, seed 1."""
     found = cells(folder)
-    yield ["use", *(f"{amount} x, reference {SHARES[share]}" for amount, share in found)]
+    yield ["use", *(f"{amount} x, reference {REF_SHARES[share]}" for amount, share in found)]
     labels = {**{arm: use.label for arm, use in USES.items()}, "ref": "(the reference itself)"}
     for arm, label in labels.items():
         yield [label, *(f"{answers[arm]:.1f}" for answers in found.values())]
@@ -145,7 +150,7 @@ def shares_table(folder):
         for mix in shares:
             run = use_name(amount, "third", "mixed_clm", mix)
             records = published(run, folder / "runs").get(1)
-            cell = f"{right(records):.1f}" if mix in tried else ""
+            cell = f"{value(records[-1], 'right'):.1f}" if mix in tried else ""
             row.append(f"**{cell}**" if mix == MIX[amount] else cell)
         yield row
 
@@ -168,10 +173,6 @@ def cheap_table(folder):
         yield [*row, "" if label == USES[RIVAL].label else with_interval(points)]
 
 
-def right(records):
-    return 100 * records[-1]["right"] / records[-1]["questions"]
-
-
 def trials_table(folder):
     """Answers and held-out loss on seed 1, by learning rate."""
     yield ["use", *(f"rate {rate}" for rate in TRIED_RATES), "chosen"]
@@ -180,7 +181,11 @@ def trials_table(folder):
         row = [label]
         for rate in TRIED_RATES:
             records = published(trial_name(arm, rate), folder / "runs").get(1)
-            row.append(f"{right(records):.1f} %, {records[-1]['val_loss']:.3f}" if records else "")
+            cell = ""
+            if records:
+                end = records[-1]
+                cell = f"{value(end, 'right'):.1f} %, {end['val_loss']:.3f}"
+            row.append(cell)
         yield [*row, RATES[arm]]
 
 
@@ -245,4 +250,4 @@ def slm_rates_table(folder):
     for rate in sorted({*TRIED_RATES, *SLM_RATES}, key=float):
         records = published(trial_name("slm", rate), folder / "runs").get(1)
         if records:
-            yield [rate, f"{records[-1]['val_loss']:.3f}", f"{right(records):.1f}"]
+            yield [rate, f"{records[-1]['val_loss']:.3f}", f"{value(records[-1], 'right'):.1f}"]

@@ -16,7 +16,7 @@ from checks import (
     hf_summary,
     memory_sentences,
 )
-from control_tables import clean_sentences, clean_text_summary, map_sentences
+from control_tables import clean_sentences, clean_text_summary, map_sentences, uses_sentences
 from experiments import (
     CLM_RUN,
     LONGER,
@@ -55,6 +55,7 @@ from logs import (
     spread,
     times_fewer,
     value,
+    where,
     with_interval,
 )
 from sweeps import SWEEPS
@@ -106,6 +107,7 @@ def main(folder):
     yield f"SLM ends **{points:.1f} points** above CLM ({seeds})."
     yield f"It is at CLM's final accuracy for good **{after(found['times_right'])}**,"
     yield f"at CLM's final held-out loss {after(found['times_loss'])}."
+    yield f"{where(published('clm', folder / 'runs')[1][0])}."
 
 
 def arms(folder):
@@ -346,6 +348,7 @@ FINDINGS = {
     "sft": sft,
     "real": real,
     "real-lr": real_lr,
+    "uses": uses_sentences,
     "clean": clean_sentences,
     "clean-map": map_sentences,
     "hours": hours,

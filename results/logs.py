@@ -76,7 +76,9 @@ FRESH_LOGS = [f"fresh/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
 DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
 MAP = [use_name(*cell, arm) for cell in CLEAN_CELLS for arm in ("ref", *USES)]
-SHARES = [use_name(n, "third", "mixed_clm", mix) for n, tried in TRIED_MIX.items() for mix in tried]
+MIX_TRIALS = []
+for amount, tried in TRIED_MIX.items():
+    MIX_TRIALS += [use_name(amount, "third", "mixed_clm", mix) for mix in tried]
 BOTH = [use_name(*CLOSE_CELL, arm) for arm in ("mixed_clm", "mixed_slm")]
 CHEAP_TRIALS = [ratio_name(ratio) for ratio in TRIED_RATIOS]
 CHEAP_TRIALS += [new_rate_name(arm) for arm in BEGUN_ARMS]
@@ -114,7 +116,7 @@ SOURCES = {
     "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean-map": [f"runs/seed1/{run}.jsonl" for run in MAP],
-    "clean-shares": [f"runs/seed1/{run}.jsonl" for run in SHARES],
+    "clean-shares": [f"runs/seed1/{run}.jsonl" for run in MIX_TRIALS],
     "clean-cheap": [f"runs/seed*/{run}.jsonl" for run in (*BOTH, *CHEAP_TRIALS)],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
     **{
@@ -157,11 +159,15 @@ def provenance(table, folder=HERE):
 
 def machine(runs):
     """Where and with what a set of runs {run: records} was made, and how long it took."""
-    first = runs["clm"][0]
-    model = f"{first['params'] / 1e6:.1f} M parameters, windows of {first['config']['block_size']}"
-    place = f"{first['device']}, {first['threads']} thread(s), torch {first['torch']}"
     took = f"{seconds(runs) / 60:.0f} minutes of training and answering"
-    return f"{model}; {place}; {took} for the runs of one seed."
+    return f"{where(runs['clm'][0])}; {took} for the runs of one seed."
+
+
+def where(header):
+    """The size of a run's model, and what it was run on."""
+    params = f"{header['params'] / 1e6:.1f} M parameters"
+    model = f"{params}, windows of {header['config']['block_size']}"
+    return f"{model}; {header['device']}, {header['threads']} thread(s), torch {header['torch']}"
 
 
 # ---- statistics ----------------------------------------------------------------------------------

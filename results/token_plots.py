@@ -226,6 +226,7 @@ def dynamics_picture(losses, path):
         ax.set_xlabel("tokens seen since clm.pt, millions")
         ax.tick_params(labelleft=True)
         label_ends(ax, mine)
-    note = "H→H: stays high, L→H: rises, H→L: falls, L→L: stays low (section 2.1 of the paper)."
-    note += "\nBottom: of H→H (solid) and of L→L (broken) the three tokens whose loss moves most."
+    note = "H→H: stays high, L→H: rises, H→L: falls, L→L: stays low "
+    note += "(section 2.1 of the paper).\n"
+    note += "Bottom: of H→H (solid) and of L→L (broken) the three tokens whose loss moves most."
     finish(fig, path, note)
