@@ -86,8 +86,12 @@ def uses_table(folder):
 
 
 def uses_sentences(folder):
-    logs = published(use_name(*DEMO_CELL, "slm"), folder / "runs")
-    yield f"{len(logs)} seeds. {where(logs[1][0])}."
+    part = folder / "runs"
+    started, model = (use_name(*DEMO_CELL, arm) for arm in ("clean_then_slm", "ref"))
+    logs = published(started, part)
+    points = with_interval(gains(started, model, "right", part))
+    yield f"SLM started from the model, over that model: {points} points, paired over {len(logs)}"
+    yield f"seeds (95 % interval). {where(logs[1][0])}."
 
 
 REF_SHARES = {"third": "1/3", "tenth": "1/10"}

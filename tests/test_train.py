@@ -526,6 +526,8 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
 def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
     """The fast one must not write its scores before the slow one has looked at what is missing."""
     go(cfg, "ref")
+    # Python's parser, by which code_hash reads the code, is not made for two threads.
+    monkeypatch.setattr(rho, "code_hash", lambda *_: "")
     barrier = threading.Barrier(2, timeout=60)
     monkeypatch.setattr(Process, "wait", lambda self: barrier.wait())
     real = rho.unscored
