@@ -1152,6 +1152,10 @@ class Process:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.precision = torch.autocast(self.device.type, self.dtype, enabled=bf16)
         if self.world > 1 and not dist.is_initialized():
+            # Imported later, its functions' defaults would hold this group, and destroying it
+            # would not end gloo's threads: they would crash at the exit.
+            import torch.distributed.nn as _  # noqa: F401
+
             backend = "nccl" if self.cuda else "gloo"
             # A long timeout, since all ranks wait while rank 0 evaluates.
             dist.init_process_group(backend, timeout=timedelta(hours=3))
@@ -1554,10 +1558,8 @@ def run_stage(cfg):
         train_arm(cfg, process, cfg.stage)
     if cfg.stage in (*STAGE_RULES, "score"):
         process.say(f"next: {next_command(cfg)}")
-    # With gloo, a process that ends before the others makes them crash.
+    # No rank leaves while rank 0 still evaluates.
     process.wait()
-    if process.world > 1:
-        dist.destroy_process_group()
 
 
 # ==== the command line ============================================================================
@@ -1626,6 +1628,9 @@ def main(argv=None):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         message = f"another process has stopped ({str(error).splitlines()[0]})"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     print(f"rho.py: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -1245,6 +1245,36 @@ def test_no_rank_leaves_before_rank_0_has_evaluated(cfg, two_ranks):
     assert load_checkpoint(Path(cfg.out) / "clm.pt")["records"][-1]["step"] == 10
 
 
+THREADS_AT_THE_END = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(rho.__file__).parent)!r})
+import rho
+try:
+    rho.main()
+finally:
+    for name in Path("/proc/self/task").glob("*/comm"):
+        print("thread:", name.read_text(), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names the threads")
+@pytest.mark.parametrize("reference, status", [("", 0), ("none.pt", 2)])
+def test_no_thread_of_gloo_outlives_main(cfg, two_ranks, tmp_path, monkeypatch, reference, status):
+    """One that does aborts the process at its exit, now and then.
+
+    Training imports torch.distributed.nn, whose default arguments kept the group alive.
+    """
+    go(cfg, "ref")
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS_AT_THE_END)
+    monkeypatch.setattr(rho, "__file__", str(script))
+    for rank in two_ranks("--stage=slm", "--name=two", f"--reference={reference}"):
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == status, said
+        assert "thread: " in said and "gloo" not in said
+
+
 def test_batch_that_cannot_be_shared_out_is_refused(cfg, two_ranks):
     ranks = two_ranks("--stage=clm", "--batch_size=5")
     said = [p.communicate(timeout=60)[1] for p in ranks]
