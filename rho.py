@@ -1022,7 +1022,9 @@ def refuse_other_flags(path, cfg):
     log = path.with_suffix(".jsonl")
     if cfg.restart or not (path.exists() and log.exists()):
         return
-    flags = read_log(log)[0]["config"]
+    flags = read_log(log)[0].get("config")
+    if flags is None:
+        raise damaged_log(log)
     differing = []
     for key, mine in asdict(cfg).items():
         if key not in NOT_IDENTITY and flags.get(key) != mine:
@@ -1223,13 +1225,16 @@ class Process:
 # ==== logs and the table ==========================================================================
 
 
+def damaged_log(path):
+    return InputError(f"{path} is damaged. Delete it: the command that made it writes it again")
+
+
 def read_log(path):
     """The records of a log: first its header, then one for each evaluation."""
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
     except ValueError as error:
-        remedy = "Delete it: the command that made it writes it again"
-        raise InputError(f"{path} is damaged. {remedy}") from error
+        raise damaged_log(path) from error
 
 
 def read_runs(folder):
@@ -1385,10 +1390,18 @@ def reach_note(name, records, clm, key, words):
     return note
 
 
+# What the table reads of each evaluation; of runs that were asked questions also `right`.
+EVALUATION = {"step", "tokens", "trained", "seconds", "eval_seconds", "val_loss", "val_corpus_loss"}
+
+
 def show_table(folder):
     runs = read_runs(folder)
     if not runs:
         raise InputError(f"{folder} holds no runs. Run: python rho.py --out {folder}")
+    for name, records in runs.items():
+        for record in records[1:]:
+            if not record.keys() >= EVALUATION or ("right" in record) != ("questions" in record):
+                raise damaged_log(Path(folder, f"{name}.jsonl"))
     rows = table_rows(runs)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print()

@@ -141,9 +141,11 @@ def damage(ground, rng, quick):
         job, has_checksum = reader_of(name)
         if job is None or (quick and rng.random() < 0.8):
             continue  # None: text of the user's own
+        # Of its own: how much another draws depends on the length of its file.
+        rng_of_file = random.Random(f"{SEED} {name}")
         wanted, _ = ground.undisturbed(job)
         whole = (ground.base / name).read_bytes()
-        for how, damaged in hostile.ways_to_damage(rng, whole).items():
+        for how, damaged in hostile.ways_to_damage(rng_of_file, whole).items():
             place = ground.fresh()
             (place / name).write_bytes(damaged)
             status, said = Running(job, place).end()

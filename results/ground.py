@@ -66,8 +66,26 @@ JOBS = {
 }
 
 
-def run_script(job, place, said, limit):
+def tell_of_handlers(ready):
+    """Signals as a terminal's shell leaves them; the file READY once the script handles SIGTERM."""
+    install = signal.signal
+    install(signal.SIGINT, signal.default_int_handler)
+    install(signal.SIGTERM, signal.SIG_DFL)
+
+    def install_and_tell(number, handler):
+        if handler in (signal.default_int_handler, signal.SIG_DFL):
+            handler = signal.SIG_IGN  # the script is done: what comes now comes too late
+        before = install(number, handler)
+        if number == signal.SIGTERM:
+            ready.touch()
+        return before
+
+    signal.signal = install_and_tell
+
+
+def run_script(job, place, said, ready, limit):
     """What the forked process does: the script, as `python SCRIPT FLAGS` would run it."""
+    tell_of_handlers(ready)
     # The lock of tqdm is shared among forks, and a killed one would never release it.
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
@@ -79,28 +97,41 @@ def run_script(job, place, said, limit):
     script = ROOT / job.script
     sys.path.insert(0, str(script.parent))
     sys.argv = [job.script, *job.flags.split()]
-    runpy.run_module(script.stem, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(script.stem, run_name="__main__", alter_sys=True)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Running:
     """A command that has been started in a place."""
 
     def __init__(self, job, place, limit=None):
-        number, self.said_path = tempfile.mkstemp(dir=place.parent)
+        number, said = tempfile.mkstemp(dir=place.parent)
         os.close(number)
+        self.said = Path(said)
+        self.ready = Path(said + ".ready")
         fork = multiprocessing.get_context("fork")
-        arguments = (job, place, self.said_path, limit)
+        arguments = (job, place, self.said, self.ready, limit)
         self.process = fork.Process(target=run_script, args=arguments)
         self.process.start()
 
     def end(self, after=None, number=signal.SIGKILL):
-        """(status, stderr), once it has ended; it gets a signal `after` so many seconds."""
+        """(status, stderr), once it has ended; it gets a signal `after` so many seconds.
+
+        SIGINT and SIGTERM wait for the script's handler: before, they would meet Python's own.
+        """
         self.process.join(after)
+        if number != signal.SIGKILL:
+            while self.process.is_alive() and not self.ready.exists():
+                time.sleep(0.001)
         if self.process.is_alive():
             os.kill(self.process.pid, number)
         self.process.join(120)
-        said = Path(self.said_path).read_text()
-        os.unlink(self.said_path)
+        said = self.said.read_text()
+        self.said.unlink()
+        self.ready.unlink(missing_ok=True)
         return self.process.exitcode, said
 
 

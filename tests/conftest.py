@@ -1,10 +1,42 @@
 """A demo in miniature, made once for all tests: the real generator, a hundredth of its size."""
 
+import itertools
+import os
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import prepare_data
+
+# Where a shell starts the tests in the background, Ctrl-C is ignored in all that they start.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The library `datasets` writes below the home folder, where it may.
+if not os.access(Path.home(), os.W_OK):
+    os.environ["HF_HOME"] = tempfile.mkdtemp()
+
+# Below the ports that a kernel gives away by itself, and others in each of pytest's workers.
+PORTS = itertools.count(20_000 + 10 * (os.getpid() % 1000))
+
+
+@pytest.fixture
+def two_processes():
+    """two_processes(): the environments that torchrun would give two processes, with gloo."""
+
+    def environments():
+        here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+        here |= {"OMP_NUM_THREADS": "1"}
+        if os.path.exists("/sys/class/net/lo"):
+            here |= {"GLOO_SOCKET_IFNAME": "lo"}  # it need not find this machine's name
+        return [os.environ | here | {"RANK": rank} for rank in "01"]
+
+    return environments
 
 
 @pytest.fixture(scope="session")

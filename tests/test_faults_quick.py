@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -89,8 +90,16 @@ def test_memory_of_a_training_run_is_read(ground):
 
 def test_a_command_that_does_not_survive_a_kill_is_counted(ground, rng, tmp_path):
     """It appends to its file, so that a second start doubles what the first one wrote."""
-    text = "import time\nfor i in range(50):\n    print(i, file=open('log.txt', 'a'))\n"
-    job = own_script(tmp_path, text + "    time.sleep(0.002)\n")
+    text = """
+        import signal, time
+        signal.signal(signal.SIGTERM, lambda *_: 1 / 0)
+        for i in range(200):
+            # Closed here: CPython drops an exception of a signal in a file's finalizer.
+            with open("log.txt", "a") as log:
+                print(i, file=log)
+            time.sleep(0.002)
+    """
+    job = own_script(tmp_path, textwrap.dedent(text))
     row, failed = faults.kills(ground, rng, True, [job])
     assert row["kills"] >= 1 and row["bit_identical"] < row["ends"]
     assert "after kill -9" in failed[0] and row["one_line_and_resumed"] < row["signals"]

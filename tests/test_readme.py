@@ -7,11 +7,9 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -449,21 +447,16 @@ def test_recompute_changes_no_weight(paper_run, monkeypatch):
     assert any(not torch.allclose(start[name], weight, atol=1e-4) for name, weight in kept.items())
 
 
-def test_eight_cards_are_torchrun_in_place_of_python(paper_run):
+def test_eight_cards_are_torchrun_in_place_of_python(paper_run, two_processes):
     """With two: the environment that torchrun gives its processes, gloo, the CLM command."""
     assert "`torchrun --nproc_per_node=8 rho.py` for `python rho.py`" in README
     folder, _ = paper_run
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     command = [sys.executable, rho.__file__, *stage_flags("clm"), "--name", "two"]
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
-    for rank in "01":
-        own = {**os.environ, **environment, "RANK": rank, "OMP_NUM_THREADS": "1"}
+    for own in two_processes():
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=folder, env=own, **pipes))
-    said = [process.communicate(timeout=120) for process in processes]
+    said = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     one, two = (read_log(folder / f"out/math/{run}.jsonl") for run in ("clm", "two"))
     assert two[0]["world"] == 2 and one[0]["world"] == 1

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -528,7 +527,7 @@ def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
     go(cfg, "ref")
     # Python's parser, by which code_hash reads the code, is not made for two threads.
     monkeypatch.setattr(rho, "code_hash", lambda *_: "")
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=600)
     monkeypatch.setattr(Process, "wait", lambda self: barrier.wait())
     real = rho.unscored
 
@@ -1149,21 +1148,15 @@ def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg):
 
 
 @pytest.fixture
-def two_ranks(cfg):
+def two_ranks(cfg, two_processes):
     """two_ranks(flags) starts rho.py as two gloo processes, which is what torchrun does."""
     started = []
 
     def start(*flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
         sizes = [f"--{k}={v}" for k, v in {**SMALL, **QUICK, **EVALUATIONS}.items()]
         places = [f"--data={cfg.data}", f"--out={cfg.out}"]
         command = [sys.executable, rho.__file__, *sizes, *places, *flags]
-        here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        here |= {"OMP_NUM_THREADS": "1"}
-        for rank in "01":
-            environment = os.environ | here | {"RANK": rank}
+        for environment in two_processes():
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(command, env=environment, **pipes))
         return started[-2:]
@@ -1184,7 +1177,7 @@ def test_two_processes_train_as_one(cfg, two_ranks):
     scores.unlink()
     for stage in (["--stage=clm", "--name=two"], ["--stage=score"]):
         ranks = two_ranks(*stage)
-        said, errors = zip(*(p.communicate(timeout=120) for p in ranks), strict=True)
+        said, errors = zip(*(p.communicate(timeout=6000) for p in ranks), strict=True)
         assert [p.returncode for p in ranks] == [0, 0], errors
         assert said[0] and not said[1]
     two, _ = load_model(Path(cfg.out) / "two.pt")
@@ -1202,7 +1195,7 @@ def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks, mix):
     one, alone = go(cfg, "slm", micro_batch=1, mix=mix)
     flags = "--micro_batch=1", "--ratio=0.6", f"--mix={mix}"
     ranks = two_ranks("--stage=slm", "--name=two", *flags)
-    said = [p.communicate(timeout=120) for p in ranks]
+    said = [p.communicate(timeout=6000) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], said
     two, checkpoint = load_model(Path(cfg.out) / "two.pt")
     assert apart(one, two, cfg) < 0.02 < 0.2 < apart(go(cfg, "clm")[0], two, cfg)
@@ -1229,8 +1222,9 @@ def test_a_rank_that_dies_ends_the_job_with_one_line(cfg, two_ranks):
     ranks = two_ranks("--stage=clm", "--tokens=100000000", "--evals=100000")
     while not (Path(cfg.out) / "clm.pt").exists():
         assert ranks[0].poll() is None and ranks[1].poll() is None
+        time.sleep(0.01)
     ranks[1].kill()
-    _, said = ranks[0].communicate(timeout=60)
+    _, said = ranks[0].communicate(timeout=600)
     assert ranks[0].returncode == 2
     assert said.count("\n") == 1 and "another process has stopped" in said
     assert load_model(Path(cfg.out) / "clm.pt")
@@ -1240,21 +1234,26 @@ def test_no_rank_leaves_before_rank_0_has_evaluated(cfg, two_ranks):
     """One that left at once aborted in 1 run of 15: gloo still held the last tensor it summed."""
     slow = "--n_layer=4", "--n_embd=256", "--questions=500"  # seconds for rank 0
     ranks = two_ranks("--stage=clm", "--evals=1", *slow)
-    _, said = ranks[1].communicate(timeout=120)
+    _, said = ranks[1].communicate(timeout=6000)
     assert ranks[1].returncode == 0, said
     assert load_checkpoint(Path(cfg.out) / "clm.pt")["records"][-1]["step"] == 10
 
 
 THREADS_AT_THE_END = f"""
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, {str(Path(rho.__file__).parent)!r})
 import rho
 try:
     rho.main()
 finally:
-    for name in Path("/proc/self/task").glob("*/comm"):
-        print("thread:", name.read_text(), file=sys.stderr)
+    names = ["gloo"]
+    for _ in range(50):  # a thread that has ended stays in the list for a moment
+        if any("gloo" in name for name in names):
+            time.sleep(0.1)
+            names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print("threads:", names, file=sys.stderr)
 """
 
 
@@ -1270,14 +1269,14 @@ def test_no_thread_of_gloo_outlives_main(cfg, two_ranks, tmp_path, monkeypatch, 
     script.write_text(THREADS_AT_THE_END)
     monkeypatch.setattr(rho, "__file__", str(script))
     for rank in two_ranks("--stage=slm", "--name=two", f"--reference={reference}"):
-        _, said = rank.communicate(timeout=120)
+        _, said = rank.communicate(timeout=6000)
         assert rank.returncode == status, said
-        assert "thread: " in said and "gloo" not in said
+        assert "threads: " in said and "gloo" not in said
 
 
 def test_batch_that_cannot_be_shared_out_is_refused(cfg, two_ranks):
     ranks = two_ranks("--stage=clm", "--batch_size=5")
-    said = [p.communicate(timeout=60)[1] for p in ranks]
+    said = [p.communicate(timeout=600)[1] for p in ranks]
     assert [p.returncode for p in ranks] == [2, 2]
     assert all("--batch_size 5: not a multiple of 2" in line for line in said)
 
