@@ -365,7 +365,7 @@ def latex_worker():
         print(os.waitpid(child, 0)[1], flush=True)
 
 
-# Of processor time for one comparison. The longest that ends at all takes a tenth.
+# Of processor time for one comparison. The slowest in our tests takes about a tenth of it.
 SECONDS = 1
 # What the worker compares first, so that sympy and the grammar have loaded what they load lazily.
 WARM_UP = [

@@ -31,7 +31,8 @@ SLOW = 0.5  # seconds
 PIECES = r"""
 #### \boxed{ } { \frac answer is $ - 1/0 7 12,345 % = x . e9 1e999 nan inf \sqrt ( ) [ ] \left
 \right \begin{pmatrix} & \\ ^ _ ! <<3+4=7>> </script> <!-- <script> @DATA@
-½ ² ٣ ∞ é 🙂 \text{and} \infty , thousand "> &lt; 0.5 -- \pi \cup a) (B) Problem: Question: None |
+½ ² ٣ ∞ é 🙂 \text{and} \infty , thousand "> &lt; 0.5 -- \pi \cup
+a) (B) Problem: Question: None |
 """.split()
 PIECES += ["\n", "\0", "\ud800", "\u2028", " ", "9" * 400, "(" * 60, "2 1/2", "\u202e"]
 # What may stand in a JSON file in the place of a value.

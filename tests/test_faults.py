@@ -295,7 +295,7 @@ def test_killed_runs_end_as_if_they_had_not_been(place):
     """kill -9 whenever a new checkpoint has appeared; the last run's bytes equal a whole run's."""
     flags = ["--stage=clm", "--tokens=8192", "--evals=8"]
     whole, cut = place[1] / "whole.pt", place[1] / "cut.pt"
-    start(place, *flags, "--name=whole").wait(timeout=6000)
+    start(place, *flags, "--name=whole").wait(timeout=600)
     kills = 0
     while kills < 3:
         stamp = cut.stat().st_mtime_ns if cut.exists() else 0
@@ -306,9 +306,9 @@ def test_killed_runs_end_as_if_they_had_not_been(place):
                 kills += 1
                 break
             time.sleep(0.001)
-        if process.wait(timeout=6000) == 0:
+        if process.wait(timeout=600) == 0:
             break
-    assert kills and start(place, *flags, "--name=cut").wait(timeout=6000) == 0
+    assert kills and start(place, *flags, "--name=cut").wait(timeout=600) == 0
     a, b = (model.load_checkpoint(path) for path in (whole, cut))
     assert all(x.equal(y) for x, y in zip(a["model"].values(), b["model"].values(), strict=True))
     timed = ("seconds", "eval_seconds")

@@ -1177,7 +1177,7 @@ def test_two_processes_train_as_one(cfg, two_ranks):
     scores.unlink()
     for stage in (["--stage=clm", "--name=two"], ["--stage=score"]):
         ranks = two_ranks(*stage)
-        said, errors = zip(*(p.communicate(timeout=6000) for p in ranks), strict=True)
+        said, errors = zip(*(p.communicate(timeout=600) for p in ranks), strict=True)
         assert [p.returncode for p in ranks] == [0, 0], errors
         assert said[0] and not said[1]
     two, _ = load_model(Path(cfg.out) / "two.pt")
@@ -1195,7 +1195,7 @@ def test_two_processes_that_accumulate_select_as_one(cfg, two_ranks, mix):
     one, alone = go(cfg, "slm", micro_batch=1, mix=mix)
     flags = "--micro_batch=1", "--ratio=0.6", f"--mix={mix}"
     ranks = two_ranks("--stage=slm", "--name=two", *flags)
-    said = [p.communicate(timeout=6000) for p in ranks]
+    said = [p.communicate(timeout=600) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], said
     two, checkpoint = load_model(Path(cfg.out) / "two.pt")
     assert apart(one, two, cfg) < 0.02 < 0.2 < apart(go(cfg, "clm")[0], two, cfg)
@@ -1234,7 +1234,7 @@ def test_no_rank_leaves_before_rank_0_has_evaluated(cfg, two_ranks):
     """One that left at once aborted in 1 run of 15: gloo still held the last tensor it summed."""
     slow = "--n_layer=4", "--n_embd=256", "--questions=500"  # seconds for rank 0
     ranks = two_ranks("--stage=clm", "--evals=1", *slow)
-    _, said = ranks[1].communicate(timeout=6000)
+    _, said = ranks[1].communicate(timeout=600)
     assert ranks[1].returncode == 0, said
     assert load_checkpoint(Path(cfg.out) / "clm.pt")["records"][-1]["step"] == 10
 
@@ -1269,7 +1269,7 @@ def test_no_thread_of_gloo_outlives_main(cfg, two_ranks, tmp_path, monkeypatch, 
     script.write_text(THREADS_AT_THE_END)
     monkeypatch.setattr(rho, "__file__", str(script))
     for rank in two_ranks("--stage=slm", "--name=two", f"--reference={reference}"):
-        _, said = rank.communicate(timeout=6000)
+        _, said = rank.communicate(timeout=600)
         assert rank.returncode == status, said
         assert "threads: " in said and "gloo" not in said
 
