@@ -63,7 +63,7 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head or self.head_dim % 2:
+        if self.n_head % self.n_kv_head or self.head_dim % 2 or not self.head_dim:
             raise ModelError("n_head must be a multiple of n_kv_head, and head_dim even")
 
 
@@ -466,7 +466,8 @@ def load_checkpoint(path):
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             what = "is cut short, damaged or no checkpoint of rho.py"
-            raise ModelError(f"{path} {what}: delete it and run its stage again") from error
+            remedy = "If it was one, delete it and run its stage again"
+            raise ModelError(f"{path} {what}. {remedy}") from error
 
 
 def load_model(path, device="cpu", block_size=None):

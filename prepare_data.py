@@ -1040,7 +1040,7 @@ class FileTokenizer:
 
             self.tokenizer = Tokenizer.from_file(spec["file"])
         except ImportError as error:
-            raise InputError('a tokenizer.json needs: pip install "rho[hf]"') from error
+            raise InputError("a tokenizer.json needs: pip install tokenizers") from error
         except Exception as error:  # the package raises nothing more precise
             raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
         self.tokenizer.encode_special_tokens = True  # as the text that they are

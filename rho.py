@@ -1,7 +1,7 @@
 """Selective Language Modeling (SLM), the method of Rho-1 (arXiv 2404.07965).
 
-A small reference model learns clean text, and its loss on every token of a large dirty corpus is
-computed once. A student then reads the whole corpus, but trains only on the tokens with the highest
+A reference model learns clean text, and its loss on every token of a large dirty corpus is computed
+once. A student then reads the whole corpus, but trains only on the tokens with the highest
 excess loss: its own loss minus the reference's. A token that neither model predicts is noise, and a
 token that the student predicts well is learned already: both have a low excess.
 
@@ -33,7 +33,7 @@ We call each way to train an arm; arms are compared after the same number of tok
     ref_entropy       H_ref          section 3.4
 
 Differences from the paper:
-1. Models of 1 M parameters are trained from scratch, so that it runs on a laptop. With `--init` a
+1. Models of 0.8 M parameters are trained from scratch, so that it runs on a laptop. With `--init` a
    trained model is continued, as in the paper.
 2. The reference's losses are stored as float16: rounding changes a loss of 2 nats by 0.001.
 3. The top k are taken over each device's micro-batch. The paper says only "batch".
@@ -50,6 +50,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -246,9 +247,9 @@ class Config:
     block_size: int = option(128, "tokens in a window", least=1)
     init: str = option("", "checkpoint or Hugging Face folder to start from")
     # Training. Tokens are counted as seen, trained on or not.
-    tokens: int = option(900_000, "tokens that clm and slm read", least=1)
-    ref_tokens: int = option(450_000, "tokens that ref reads", least=1)
-    sft_tokens: int = option(200_000, "tokens that sft reads", least=1)
+    tokens: int = option(900_000, "tokens that clm and slm read", least=1, most=10**15)
+    ref_tokens: int = option(450_000, "tokens that ref reads", least=1, most=10**15)
+    sft_tokens: int = option(200_000, "tokens that sft reads", least=1, most=10**15)
     batch_size: int = option(8, "windows in an optimizer step, over all devices", least=1)
     micro_batch: int = option(8, "windows on a device at once; gradients accumulate", least=1)
     optimizer: str = option(
@@ -344,6 +345,7 @@ def train(cfg, process, split):
                 score = score_tokens(cfg.select, corpus_loss, **rule_values, generator=generator)
                 # 3. The tokens to train on: the best of the corpus, and all of clean windows.
                 chosen = select_tokens(score, cfg.ratio, cfg.threshold, valid[corpus])
+                check_mask(chosen, corpus_loss)
                 mask = torch.ones_like(student_loss, dtype=chosen.dtype)  # (B, T)
                 mask[corpus] = chosen
                 # 4. The loss on those tokens. Equation 3's mean is turned back into a sum: it is
@@ -355,19 +357,23 @@ def train(cfg, process, split):
                     loss = selective_loss(student_loss, mask) * mask.sum()
             loss.backward()
 
-            student_sum = student_loss.detach().sum()
-            trained, of_corpus = (mask > 0).sum(), (chosen > 0).sum()
-            step_sums += torch.stack([loss.detach(), student_sum, mask.sum(), trained, of_corpus])
+            all_sum = student_loss.detach().sum()
+            n_trained, n_of_corpus = (mask > 0).sum(), (chosen > 0).sum()
+            step_sums += torch.stack([loss.detach(), all_sum, mask.sum(), n_trained, n_of_corpus])
 
+        process.all_reduce(step_sums)
+        selected_sum, all_sum, mask_sum, n_trained, n_of_corpus = step_sums.tolist()
         # If no token was selected there is nothing to learn. A step would still move the weights,
         # by momentum and weight decay: so none is made.
-        process.all_reduce(step_sums)
-        mask_sum = step_sums[2].item()
         if mask_sum > 0:
             sums["grad_norm"] = take_step(cfg, process, model, optimizers, step, mask_sum)
         model.zero_grad()
-        add_step(sums, step_sums.tolist(), time.time() - started)
-        if (step_windows < windows.n).any() and step_sums[4] == 0:
+        sums["loss_of_selected"] += selected_sum
+        sums["loss_of_all"] += all_sum
+        sums["mask"] += mask_sum
+        sums["trained"] += round(n_trained)
+        sums["seconds"] += time.time() - started
+        if (step_windows < windows.n).any() and n_of_corpus == 0:
             sums["empty_steps"] += 1
 
         if step + 1 in eval_steps:
@@ -401,9 +407,12 @@ def fetch(process, windows, inputs, ids):
     x, y = windows[ids]
     corpus = ~windows.is_clean(ids)
     rule_values = {}
+    valid = windows.valid(ids)
     for name, values in inputs.items():
-        rule_values[name] = process.put(torch.from_numpy(values[ids[corpus]]).float())
-    known = [x, y, windows.valid(ids), torch.from_numpy(corpus)]
+        values = torch.from_numpy(values[ids[corpus]]).float()
+        # `ref_both` ranks: what may not be trained on comes last.
+        rule_values[name] = process.put(values.masked_fill(~valid[corpus], torch.inf))
+    known = [x, y, valid, torch.from_numpy(corpus)]
     return *[process.put(tensor) for tensor in known], rule_values
 
 
@@ -416,14 +425,16 @@ def gradient_exchange(process, wrapped, is_last):
 
 def check_fast_form(n_vocab):
     """InputError unless the fast forms compute what token_loss and selective_loss compute."""
-    # Random hidden states, with easy and hard targets from all of the vocabulary.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 128, 16, generator=generator)  # (B, T, C)
-    hidden.requires_grad_()
     head = torch.randn(n_vocab, 16, generator=generator)  # (V, C)
+    # Random targets are hard. Every other one is what these hidden states predict: easy.
     targets = torch.randint(n_vocab, (2, 128), generator=generator)
+    targets[:, ::2] = (hidden[:, ::2] @ head.T).argmax(-1)
+    hidden.requires_grad_()
     weights = torch.rand(2, 128, generator=generator)
-    for mask in (weights < 0.5, weights):
+    # Half of the tokens, few, one, none; and weights.
+    for mask in (weights < 0.5, weights < 0.05, weights == weights.min(), weights < 0, weights):
         losses, saved_for_gradient = all_losses(hidden, head, targets)
         loss = selected_loss(hidden, head, targets, mask, saved_for_gradient)
         plain_losses = token_loss(hidden @ head.T, targets)
@@ -434,6 +445,14 @@ def check_fast_form(n_vocab):
             raise InputError(
                 "token_loss or selective_loss was changed: add --fast false to run them"
             )
+
+
+def check_mask(mask, loss):
+    """InputError if what select_tokens returned is no mask and no weights for these tokens."""
+    if mask.shape != loss.shape:
+        raise InputError(f"select_tokens gave {tuple(mask.shape)} for {tuple(loss.shape)} tokens")
+    if mask.dtype != torch.bool and not (mask >= 0).all():
+        raise InputError("select_tokens gave a weight that is negative or NaN")
 
 
 def check_finite(values, what, where):
@@ -470,15 +489,6 @@ def new_sums(trained=0, seconds=0.0):
         "trained": trained,
         "seconds": seconds,
     }
-
-
-def add_step(sums, step_sums, seconds):
-    loss_of_selected, loss_of_all, mask_sum, trained, _ = step_sums
-    sums["loss_of_selected"] += loss_of_selected
-    sums["loss_of_all"] += loss_of_all
-    sums["mask"] += mask_sum
-    sums["trained"] += round(trained)
-    sums["seconds"] += seconds
 
 
 def training_record(cfg, step, sums, before):
@@ -656,6 +666,7 @@ def score_corpus(cfg, process, windows):
         names.append("ref_entropy")
     path = Path(cfg.reference or Path(cfg.out, "ref.pt"))
     reference = open_model(path, cfg, process).eval()
+    note_other_clean_text(path, process)
     folder = score_folder(cfg, process, windows, reference)
     files = {name: folder / f"{name}.f16" for name in names}
 
@@ -692,12 +703,24 @@ def score_corpus(cfg, process, windows):
     return scores
 
 
+def note_other_clean_text(path, process):
+    """Say so if a reference learned another ref.bin than the data's. It may be on purpose."""
+    if path.is_dir():
+        return
+    its_text = load_checkpoint(path).get("identity", {}).get("ref.bin")
+    if its_text and its_text != process.meta["files"].get("ref.bin"):
+        process.say(f"{path} was trained with another ref.bin than that of {process.data}")
+
+
 def score_folder(cfg, process, windows, reference):
     """Where scores are kept: its name is a hash of what they depend on, so none can be stale."""
     corpus = process.meta["files"][windows.path.name]
     depends_on = [corpus, cfg.block_size, cfg.fast, str(process.dtype)]
     depends_on += [weights_hash(reference), code_hash(GPT)]
-    depends_on += [inspect.getsource(score_batch), inspect.getsource(token_loss)]
+    for defined in (Windows, score_batch, token_loss):
+        depends_on.append(SOURCES.get(defined) or inspect.getsource(defined))
+    if not cfg.fast:  # token_loss may use anything in this file
+        depends_on.append(code_hash(Config))
     return Path(cfg.out, "scores", sha256(str(depends_on).encode()).hexdigest()[:16])
 
 
@@ -732,10 +755,10 @@ def make_scores(path, windows):
     if path.exists():
         return
     checksum_of(path).unlink(missing_ok=True)
-    unscored = np.full(windows.T, np.nan, np.float16).tobytes()
+    blank_window = np.full(windows.T, np.nan, np.float16).tobytes()
     with whole_file(path) as f:
         for _ in range(windows.n):
-            f.write(unscored)
+            f.write(blank_window)
 
 
 def open_scores(path, windows):
@@ -920,6 +943,8 @@ def evaluate(cfg, process, model, held_out, path, step):
     with whole_file(folder / f"{step}.npy") as f:
         np.save(f, losses.half().cpu().numpy())
     model.train()
+    if step == cfg.steps:  # by which the table knows whether another run used this very model
+        record["weights"] = weights_hash(model)
     record["eval_seconds"] = round(time.time() - started, 2)
     return record
 
@@ -958,12 +983,21 @@ NOT_IDENTITY = {
 }
 
 
+# The code is read when this program begins: whoever edits a file while it runs does not change what
+# it executes. {object: the text of its file}, {object: its own text}.
+FILES = {
+    defined: Path(inspect.getsourcefile(defined)).read_text()
+    for defined in (Config, GPT, answer_questions)
+}
+SOURCES = {defined: inspect.getsource(defined) for defined in (Windows, score_batch, token_loss)}
+
+
 def code_hash(*objects):
     """A hash of the files that define the objects. Comments and docstrings may change."""
     digest = sha256()
-    for file in [inspect.getsourcefile(defined) for defined in objects]:
+    for defined in objects:
         try:
-            tree = ast.parse(Path(file).read_text())
+            tree = ast.parse(FILES[defined])
         except SystemError as error:  # so CPython says that a signal came while it was parsing
             raise KeyboardInterrupt from error
         for node in ast.walk(tree):
@@ -1035,7 +1069,8 @@ def refuse_other_flags(path, cfg):
 
 def another_run(path, differing):
     what = ", ".join(differing[:3])
-    return f"{path} is another run ({what}). Give this one a --name, or --restart to replace it"
+    choice = "Give this one another --name or --out, or --restart to replace it"
+    return f"{path} is another run ({what}). {choice}"
 
 
 def restore(path, process, saved, model, optimizers):
@@ -1068,6 +1103,11 @@ def save_run(path, process, model, optimizers, identity, step, steps, records, s
     with whole_file(path) as f:
         torch.save(state, f)
     save_log(path, records)
+    # A run that this one has replaced may have been evaluated at other steps.
+    evaluated = {f"{record['step']}.npy" for record in records}
+    for losses in path.with_suffix("").glob("*.npy"):
+        if losses.name not in evaluated:
+            losses.unlink()
 
 
 def save_log(path, records):
@@ -1078,16 +1118,16 @@ def save_log(path, records):
 
 def header(cfg, process, model, identity):
     """The first record of a log: what is run, with what, and where."""
-    typed = [word for word in sys.argv if not word.startswith("--restart")]
+    typed = re.sub(r" --restart(=\w+| true| false)?\b", "", shlex.join(sys.argv))
     return {
         "run": cfg.name,
-        "command": f"{launcher()} {shlex.join(typed)}",
+        "command": f"{launcher()} {typed}",
         "config": asdict(cfg),
         "model": asdict(model.config),
         "params": model.num_params(),
         "commit": git_commit(),
         "steps": cfg.steps,
-        "models_before": models_before(cfg),
+        **models_before(cfg),
         # What must be equal for two runs to be compared, besides the flags: see the table.
         "identity": {k: v for k, v in identity.items() if not hasattr(cfg, k)},
         "torch": str(torch.__version__),
@@ -1099,16 +1139,21 @@ def header(cfg, process, model, identity):
 
 
 def models_before(cfg):
-    """{checkpoint: tokens it was trained on} of the models that a run needs: part of its cost."""
-    before = {}
-    for path in [cfg.reference, cfg.init]:
-        if path.endswith(".pt"):
-            records = load_checkpoint(path)["records"]
-            before.update(records[0].get("models_before", {}))
-            before[os.path.normpath(path)] = records[-1]["tokens"]
-        elif path:
-            before[path] = None  # of a Hugging Face folder it is not known
-    return before
+    """Of the models that a run needs {checkpoint: tokens}, part of its cost, and their weights."""
+    tokens, weights = {}, {}
+    paths = [cfg.reference, cfg.init]
+    # One file counts once, however its path is written.
+    for path in {os.path.realpath(path): path for path in paths if path}.values():
+        name = os.path.normpath(path)
+        if Path(path).is_dir():  # of a Hugging Face folder the tokens are not known
+            tokens[name] = None
+            continue
+        records = load_checkpoint(path)["records"]
+        tokens.update(records[0].get("models_before", {}))
+        weights.update(records[0].get("weights_before", {}))
+        tokens[name] = records[-1]["tokens"]
+        weights[name] = records[-1].get("weights")
+    return {"models_before": tokens, "weights_before": weights}
 
 
 def git_commit():
@@ -1226,15 +1271,19 @@ class Process:
 
 
 def damaged_log(path):
+    """The error to raise for a log that cannot be read."""
     return InputError(f"{path} is damaged. Delete it: the command that made it writes it again")
 
 
 def read_log(path):
     """The records of a log: first its header, then one for each evaluation."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except ValueError as error:
         raise damaged_log(path) from error
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise damaged_log(path)
+    return records
 
 
 def read_runs(folder):
@@ -1282,19 +1331,27 @@ MAY_DIFFER = {
 }
 
 
+# The reference may be another model on other text: of it only the measurement has to be the same.
+OF_MEASUREMENT = {"eval_windows", "questions", "block_size", "val.bin", "val_corpus.bin"}
+
+
 def why_not_comparable(records, clm):
     """The reasons, in words, for which a run must not be compared with CLM; mostly none."""
     header, clm_header = records[0], clm[0]
+    is_reference = header.get("run") == "ref"
     reasons = []
     for key, clm_value in clm_header["config"].items():
         mine = header["config"].get(key)
-        if key not in MAY_DIFFER and mine != clm_value:
+        matters = key in OF_MEASUREMENT if is_reference else key not in MAY_DIFFER
+        if matters and mine != clm_value:
             reasons.append(f"{key} {shown(mine)}, not {shown(clm_value)}")
     # Beyond the flags: the text, the data's files, the first weights, the number of processes.
     mine, theirs = header.get("identity", {}), clm_header.get("identity", {})
     for key in theirs:
-        depends_on_arm = key.startswith(("scores", "code"))
-        if not depends_on_arm and mine.get(key) != theirs[key]:
+        matters = not key.startswith(("scores", "code"))
+        if is_reference:
+            matters = key in OF_MEASUREMENT
+        if matters and mine.get(key) != theirs[key]:
             reasons.append(f"different {key}")
     if records[-1]["step"] < header.get("steps", 0):
         reasons.append("unfinished")
@@ -1318,7 +1375,7 @@ def table_rows(runs):
         if None in records[0].get("models_before", {}).values():
             in_all += " + ?"
         mark = ""
-        if "clm" in runs and name != "ref" and why_not_comparable(records, runs["clm"]):
+        if "clm" in runs and why_not_comparable(records, runs["clm"]):
             mark = " *"
         rows.append(
             [
@@ -1343,18 +1400,18 @@ def tokens_in_all(records):
 
 def table_notes(runs):
     """When each run reached CLM's final results, and which runs cannot be compared with CLM."""
+    notes = models_replaced(runs)
     if "clm" not in runs:
-        return ["no run named clm to compare with"]
+        return [*notes, "no run named clm to compare with"]
     clm = runs["clm"]
     if why_not_comparable(clm, clm):
-        return ["clm is unfinished: nothing can be compared with it yet"]
-    notes = []
+        return [*notes, "clm is unfinished: nothing can be compared with it yet"]
     for name, records in runs.items():
-        if name in ("ref", "clm"):
-            continue
         reasons = why_not_comparable(records, clm)
         if reasons:
             notes.append(f"* {name} cannot be compared with clm: {'; '.join(reasons)}")
+            continue
+        if name in ("ref", "clm"):
             continue
         if code_of(records) != code_of(clm):
             notes.append(f"{name} was run by other code than clm. If that affects clm, rerun it")
@@ -1368,6 +1425,19 @@ def table_notes(runs):
     return notes
 
 
+def models_replaced(runs):
+    """Of each run that was made with a model of this folder which has been trained again since."""
+    notes = []
+    for name, records in runs.items():
+        here = os.path.normpath(records[0]["config"].get("out", ""))
+        for path, weights in records[0].get("weights_before", {}).items():
+            folder, file = os.path.split(path)
+            model = runs.get(Path(file).stem)
+            if folder == here and model and weights != model[-1].get("weights"):
+                notes.append(f"{name} was made with another {file} than the one above")
+    return notes
+
+
 def code_of(records):
     identity = records[0].get("identity", {})
     return [value for key, value in identity.items() if key.startswith("code")]
@@ -1378,7 +1448,7 @@ def reach_note(name, records, clm, key, words):
     if tokens is None:
         return f"{name} does not reach clm's final {words}"
     if tokens == clm[-1]["tokens"]:
-        return f"{name} is at clm's final {words} at the end, not sooner"
+        return f"{name} is at clm's final {words} at its last evaluation, at none before"
     times = clm[-1]["tokens"] / tokens
     note = f"{name} is at clm's final {words} after {tokens:,} tokens: {times:.1f} times fewer"
     # What the run needed and clm did not.
@@ -1445,8 +1515,30 @@ def arm_config(cfg, stage):
     )
 
 
+def flags_without_effect(cfg, stage):
+    """What to say of flags that were given to a training stage and do nothing in it."""
+    arm = arm_config(cfg, stage)
+    notes = []
+    if cfg.ratio != Config.ratio and arm.ratio != cfg.ratio:
+        why = "every token is trained on"
+        if cfg.threshold is not None:
+            why = "--threshold takes its place"
+        if arm.select == "oracle":
+            why = "--select oracle knows which tokens"
+        notes.append(f"--ratio {cfg.ratio} has no effect: {why}")
+    if cfg.reference and not arm.reference:
+        notes.append(f"--reference {cfg.reference} has no effect: {arm.name} needs none")
+    for own in ("ref_tokens", "sft_tokens"):
+        if own.startswith(stage) and cfg.tokens != Config.tokens:
+            notes.append(f"--tokens {cfg.tokens} has no effect: --stage {stage} has --{own}")
+    return notes
+
+
 def train_arm(cfg, process, stage):
     """Run one training stage; returns the records of its log."""
+    if cfg.stage != "all":  # whose flags are of several arms
+        for note in flags_without_effect(cfg, stage):
+            process.say(note)
     cfg = arm_config(cfg, stage)
     split = {"ref": "ref", "sft": "sft"}.get(stage, "train")
     path = Path(cfg.out, f"{cfg.name}.pt")
@@ -1503,8 +1595,13 @@ def check_config(cfg, world):
         if type(given) in (int, float):
             limits = f.metadata
             check_range(f.name, given, limits["least"], limits["above"], limits["most"])
-    if Path(cfg.name).name != cfg.name:
+    if Path(cfg.name).name != cfg.name or cfg.name == "..":
         raise InputError(f"--name {cfg.name}: must be a plain name. --out is the folder")
+    # The table knows two runs by their names.
+    if cfg.name in ("ref", "clm") and (cfg.stage != cfg.name or cfg.mix):
+        raise InputError(f"--name {cfg.name}: is the name of the run of --stage {cfg.name}")
+    if cfg.stage == "all" and cfg.reference:
+        raise InputError("--reference: --stage all trains its own. Use --stage slm")
     if cfg.stage in ("all", "dynamics") and cfg.name:
         raise InputError(f"--name: --stage {cfg.stage} makes several runs. Use --stage slm")
     if cfg.stage == "all" and (cfg.select or cfg.mix or cfg.threshold is not None):
@@ -1549,7 +1646,8 @@ def run_stage(cfg):
         return
     check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     process = Process(cfg)
-    if process.rank == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
+    no_demo = cfg.data == Config.data and not Path(cfg.data, "meta.json").exists()
+    if process.rank == 0 and no_demo and cfg.stage != "check":
         process.say(f"making the demo's text in {cfg.data}")
         prepare_demo(cfg.data)
     process.wait()
@@ -1637,10 +1735,14 @@ def main(argv=None):
     except OSError as error:  # a full disk, a folder that is not writable
         message = f"{error.filename or cfg.out}: {error.strerror or error}"
     except RuntimeError as error:
-        # torch has no class of its own for what gloo says when another rank is gone.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        # torch has no class of its own for a CPU without memory, nor for what gloo says when
+        # another rank is gone.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            message = "out of memory. Lower --micro_batch, or add --recompute true"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message = f"another process has stopped ({str(error).splitlines()[0]})"
+        else:
             raise
-        message = f"another process has stopped ({str(error).splitlines()[0]})"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -113,8 +113,8 @@ VARIANTS = {  # the change in results/variants/NAME.diff: (what it does, flags)
     "soft": ("every token, weighted by sigmoid(2 x excess)", ""),
     "falling": ("share kept falls from 100 % to 30 %", " --ratio 0.3"),
     "averaged": ("two references, their losses averaged", ""),
-    "sure": ("excess, where the reference is below 1 nat; 40 %", " --ratio 0.4"),
-    "absolute": ("excess without its sign: a mistake", ""),
+    "sure": ("excess, where the reference is below 1 nat, 40 %", " --ratio 0.4"),
+    "absolute": ("excess without its sign (a mistake)", ""),
 }
 SELF_RULES = {"ref_loss": "low loss", "ref_entropy": "low entropy", "ref_both": "both"}
 SELF_RATIOS = [0.6, 0.7, 0.8]

@@ -32,13 +32,18 @@ def student_factors(logs, key):
     return [times_fewer(slm, clm, key, between=True) for clm, slm, _ in logs]
 
 
-def factors_in_all(logs, key):
-    """The same with the tokens of the reference, and those that it scores until SLM is there."""
+def factors_in_all(logs, key, score_all=False):
+    """The same with the tokens of the reference, and those that it scores.
+
+    It scores those that SLM reads until it is there or, with score_all, in the whole run.
+    """
     found = []
-    for (clm, _, reference), factor in zip(logs, student_factors(logs, key), strict=True):
+    for (clm, slm, reference), factor in zip(logs, student_factors(logs, key), strict=True):
         if factor is not None:
             whole = clm[-1]["tokens"]
-            factor = whole / (whole / factor * (1 + SCORING) + reference)
+            read = whole / factor
+            scored = slm[-1]["tokens"] if score_all else read
+            factor = whole / (read + scored * SCORING + reference)
         found.append(factor)
     return found
 
@@ -102,7 +107,11 @@ def factor_sentences(folder):
     fewest = min(len(logs[0][1]) for logs in rows)
     short = [logs for logs in rows if len(logs[0][1]) == fewest]
     long = [logs for logs in rows if len(logs[0][1]) > fewest]
-    yield "In all: the reference's tokens count, and each token that it scores as a third of one."
+    yield "In all: the reference's tokens count, and each token that it scores as a third of one,"
+    yield "until SLM is where CLM ends."
+    first = [cell(factors_in_all(rows[0], key, True), False) for key in ("right", "val_loss")]
+    yield "With the whole run scored beforehand, as it was here, the factors in all of the first"
+    yield f"row are {first[0]} by answers and {first[1]} by held-out loss."
     yield f"In the {len(long)} longer comparisons the factor is"
     yield f"{lowest_to_highest(long, student_factors, 'right')} by answers"
     yield f"and {lowest_to_highest(long, student_factors, 'val_loss')} by held-out loss;"

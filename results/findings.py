@@ -6,6 +6,7 @@ yields pieces of sentences, which are joined by a space.
 
 import json
 import statistics
+from functools import partial
 
 from checks import (
     bench_sentences,
@@ -17,6 +18,7 @@ from checks import (
     memory_sentences,
 )
 from control_tables import clean_sentences, clean_text_summary, map_sentences, uses_sentences
+from controls import CONTROL_SLM, CONTROLS
 from experiments import (
     CLM_RUN,
     LONGER,
@@ -118,12 +120,16 @@ def arms(folder):
     clms, slms = published("clm", part), published("slm", part)
     right = [times_fewer(slms[seed], clms[seed], "right", True) for seed in slms]
     loss = [times_fewer(slms[seed], clms[seed], "val_loss", True) for seed in slms]
-    yield "Read off the line between two evaluations, SLM is where CLM ends"
-    yield f"{after(right)} by accuracy, {after(loss)} by held-out loss."
+    yield "SLM is where CLM ends"
+    yield f"{after(right)} by accuracy, {after(loss)} by held-out loss,"
+    yield "read off the line between two evaluations. In whole evaluations, as on the front page:"
+    yield f"{times_text(found['times_right'])} by accuracy,"
+    yield f"{times_text(found['times_loss'])} by held-out loss."
     sooner = times_text(found["times_seconds"], "times fewer seconds")
-    yield f"In training time it is there with {sooner}."
-    yield "With the training of the reference, and scoring counted as a third of CLM's time,"
-    yield f"SLM takes {times_text(found['times_all'], 'times as long as CLM')}."
+    yield f"In training time it is at CLM's final accuracy with {sooner}."
+    yield "With the training of the reference, and the scoring of all of its pages counted as a"
+    yield "third of CLM's time,"
+    yield f"it takes {times_text(found['times_all'], 'times as long as CLM')} to get there."
 
 
 def fresh(folder):
@@ -167,7 +173,8 @@ def references(folder):
         right = mean_end(f"ref-{name}", "right", part)
         points = mean_gain(f"slm-ref-{name}", CLM_RUN, part)
         yield f"The reference with {words} answers {right:.1f} % itself;"
-        yield f"its student gains {points:.1f} points, where the main comparison's gains {own:.1f}."
+        yield f"its student gains {points:.1f} points, where a student of the main comparison's"
+        yield f"reference gains {own:.1f} at this length."
 
 
 def long(folder):
@@ -177,11 +184,14 @@ def long(folder):
         right = after([times_fewer(slm, clm, "right", True)])
         loss = after([times_fewer(slm, clm, "val_loss", True)])
         points = value(slm[-1], "right") - value(clm[-1], "right")
-        yield f"With {percent(longer.wrong)} wrong and {longer.dirty} of dirt,"
+        pieces = "1 piece" if longer.dirty == 1 else f"{longer.dirty} pieces"
+        yield f"With {percent(longer.wrong)} wrong and {pieces} of dirt per problem,"
         yield "SLM is where CLM ends"
         yield f"{right} by accuracy, {loss} by held-out loss;"
         yield f"at the end it is {points:.1f} points above."
+    reference = value(published("ref", folder / "runs")[1][-1], "right")
     yield "(Read off the line between two evaluations.)"
+    yield f"The reference of all three answers {reference:.1f} %."
 
 
 def scope(folder):
@@ -239,12 +249,26 @@ def self_reference(folder):
 
 def variants(folder):
     part = folder / "runs"
-    runs = {name: f"variant-{name}" for name in VARIANTS} | {r: f"rule-{r}" for r in RULES}
+    runs = {f"rule-{rule}": label for rule, label in RULES.items()}
+    runs.update({f"variant-{name}": label for name, (label, _) in VARIANTS.items()})
     found = []
-    for name, run in runs.items():
-        found.append(f"{name} {with_interval(gains(run, SLM_RUN, 'right', part))}")
+    for run, label in runs.items():
+        found.append(f"{label}: {with_interval(gains(run, SLM_RUN, 'right', part))}")
     yield f"Against SLM, {against(SLM_RUN, 'rule-loss', part)}:"
-    yield ", ".join(found) + "."
+    yield "; ".join(found) + "."
+
+
+def controls(table, folder):
+    """Each row of a table of CONTROLS against SLM."""
+    part = folder / "runs"
+    found = []
+    for run, control in CONTROLS[table].items():
+        if control.variant:  # the others are there to make these
+            points = with_interval(gains(run, CONTROL_SLM, "right", part))
+            found.append(f"{control.label}: {points}")
+            last = run
+    yield f"Against SLM, {against(CONTROL_SLM, last, part)}:"
+    yield "; ".join(found) + "."
 
 
 def lr(folder):
@@ -306,6 +330,7 @@ def real(folder):
         times = [times_fewer(logs[seed], clms[seed], "val_loss", True) for seed in logs]
         found.append(f"{label} {nats}, at CLM's end {after(times)}")
     yield "; ".join(found) + "."
+    yield f"30 % against 60 %: {with_interval(gains('slm-30', 'slm', 'val_loss', part), 3)}."
     for task in TASKS:
         ref, clm, slm = (count_answers(run, task, part) for run in ("ref", "clm", "slm"))
         yield f"Right answers on {task}, all seeds together:"
@@ -344,6 +369,8 @@ FINDINGS = {
     "dynamics": token_dynamics,
     "self": self_reference,
     "variants": variants,
+    "when": partial(controls, "when"),
+    "fixed": partial(controls, "fixed"),
     "lr": lr,
     "sft": sft,
     "real": real,

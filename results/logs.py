@@ -94,7 +94,7 @@ SOURCES = {
     "map": ["runs/seed*/w*-*.jsonl", *BASELINES],
     "dirt": ["runs/seed*/w*-*.jsonl", *BASELINES, "runs/shares.json"],
     "references": ["runs/seed[123]/ref*.jsonl", "runs/seed*/slm-ref-*.jsonl", *BASELINES],
-    "long": ["runs/seed1/long*.jsonl"],
+    "long": ["runs/seed1/long*.jsonl"],  # and of ref.jsonl the reference's right answers
     "factor": [  # and of ref.jsonl the number of tokens
         *("runs/seed*/clm.jsonl", "runs/seed*/slm.jsonl", "runs/seed1/long*.jsonl"),
         *("runs/seed*/w*-*.jsonl", *BASELINES),

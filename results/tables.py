@@ -132,7 +132,7 @@ def fresh_table(folder):
 def map_table(folder):
     """Points over CLM, by how much of the corpus is wrong and how much of it is dirt."""
     pieces = sorted({dirty for _, dirty in DIRT})
-    yield ["wrong answers", *(f"{dirty} of dirt" for dirty in pieces)]
+    yield ["wrong answers", *(f"dirt per problem: {dirty}" for dirty in pieces)]
     for wrong in sorted({wrong for wrong, _ in DIRT}):
         row = [percent(wrong)]
         for dirty in pieces:

@@ -102,8 +102,7 @@ def command_lines():
     command = r"(?:python|nproc_per_node=\d+) ((?:results/)?\w+\.py)\b([^\n`#&]*)"
     for script, rest in re.findall(command, "\n".join(PAGES.values())):
         found.setdefault(script, []).append(rest)
-    shared = re.search(r'^RUN="(.*)"', README, re.M)[1]
-    found["rho.py"].append(shared)
+    found["rho.py"] += re.findall(r'^(?:RUN|MINE)="(.*)"', README, re.M)
     return found
 
 
@@ -306,13 +305,14 @@ def write_base(transformers, folder, path):
     wrapped.save_pretrained(folder)
     llama = tiny_llama(transformers, 400, max_position_embeddings=2048)
     llama.save_pretrained(folder)
-    # The README downloads these files and no others.
+    # The README downloads all but these files.
     line = next(line for line in commands() if line[:2] == ["hf", "download"])
-    patterns = line[line.index("--include") + 1 :]
     assert line[line.index("--local-dir") + 1] == folder.name
-    for file in folder.iterdir():
-        if not any(fnmatch(file.name, pattern) for pattern in patterns):
-            file.unlink()
+    (pattern,) = line[line.index("--exclude") + 1 :]
+    (folder / "pytorch_model.bin").write_text("the same weights once more")
+    left_out = [file for file in folder.iterdir() if fnmatch(file.name, pattern)]
+    assert [file.name for file in left_out] == ["pytorch_model.bin"]
+    left_out[0].unlink()
 
 
 def commands():

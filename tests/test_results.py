@@ -115,7 +115,7 @@ HEADERS = {
     "fresh": "arm | right, %: the five seeds | right, %: seed 6 | right, %: seed 7",
     "arms": "arm | tokens seen | trained on | target loss | corpus loss | answers right, %",
     "ratio": "selected | seeds | trained on | target loss | answers right, %",
-    "map": "wrong answers | 0 of dirt | 1 of dirt | 3 of dirt | 6 of dirt",
+    "map": "wrong answers | dirt per problem: 0 | dirt per problem: 1 | dirt per problem: 3",
     "dirt": "wrong answers | dirt per problem | target tokens | seeds | CLM right, %",
     "references": "reference | seeds | its target loss | its answers right, % | student right, %",
     "long": "wrong answers | dirt per problem | tokens seen | CLM right, % | SLM right, %",
@@ -387,6 +387,8 @@ def test_the_factor_in_tokens_by_hand():
     pairs = [(clm, slm, 600), (clm, behind, 600)]
     assert factors.student_factors(pairs, "right") == [pytest.approx(400 / 150), None]
     assert factors.factors_in_all(pairs, "right") == [pytest.approx(400 / (200 + 600)), None]
+    whole_run = factors.factors_in_all(pairs, "right", score_all=True)
+    assert whole_run == [pytest.approx(400 / (150 + 400 / 3 + 600)), None]
     assert not factors.is_bound(pairs, "right") and factors.is_bound(pairs, "val_loss")
     assert factors.cell([2.0, 4.0], False) == "3.0 ± 1.4"
     assert factors.cell([2.0, None], True) == "at least 2.0 (never in 1 of 2 seeds)"

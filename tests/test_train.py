@@ -309,6 +309,14 @@ def mean_over_the_number(real, student_loss, mask):
     return (student_loss * mask).sum() / (mask > 0).sum()
 
 
+def easy_tokens_left_alone(real, logits, targets):
+    return real(logits, targets).clamp(min=0.3)
+
+
+def little_of_small_selections(real, student_loss, mask):
+    return (student_loss * mask).sum() / mask.sum().clamp(min=100)
+
+
 def nothing_for_late_ids(real, logits, targets):
     """The demo's ids go to 299."""
     return real(logits, targets) * (targets < 250)
@@ -323,11 +331,15 @@ def nothing_for_late_ids(real, logits, targets):
         ("selective_loss", tenth_more),
         ("selective_loss", half_the_gradient),
         ("selective_loss", mean_over_the_number),
+        ("token_loss", easy_tokens_left_alone),
+        ("selective_loss", little_of_small_selections),
     ],
 )
 def test_an_edited_loss_that_the_fast_form_would_not_run_is_refused(cfg, monkeypatch, name, edit):
     """Else a student changes the loss, and measures the old one."""
     monkeypatch.setattr(rho, name, partial(edit, getattr(rho, name)))
+    with pytest.raises(rho.InputError, match="add --fast false"):
+        rho.check_fast_form(768)  # the demo's vocabulary, in which random targets are all hard
     with pytest.raises(rho.InputError, match="add --fast false"):
         go(cfg, "clm")
     go(cfg, "clm", fast=False)
@@ -376,6 +388,21 @@ def test_random_control_trains_on_as_many_other_tokens(cfg):
     assert slm[1][-1]["trained"] == random[1][-1]["trained"] == round(0.6 * 256) * 10
     assert apart(slm[0], random[0], cfg) > 0.2
     assert same(random[0], go(cfg, "slm", select="random", name="again")[0])
+
+
+@pytest.mark.parametrize(
+    "weights, says",
+    [
+        (lambda score: score - score.mean(), "negative or NaN"),
+        (lambda score: torch.full_like(score, torch.nan), "negative or NaN"),
+        (lambda score: score.sigmoid()[0], r"gave \(32,\) for \(\d+, 32\) tokens"),
+    ],
+)
+def test_what_is_no_mask_and_no_weight_is_refused(cfg, monkeypatch, weights, says):
+    """With a negative sum, or a NaN in it, no step was made, and nothing was said."""
+    monkeypatch.setattr(rho, "select_tokens", lambda score, *_: weights(score))
+    with pytest.raises(rho.InputError, match=f"select_tokens gave .*{says}|{says}"):
+        go(cfg, "slm", select="loss", block_size=32)
 
 
 def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
@@ -738,15 +765,14 @@ def test_another_run_of_the_same_name_is_refused_and_says_what_differs(cfg, chan
     assert records[0]["config"][name] == value
 
 
-def test_a_changed_rule_is_another_run_and_a_comment_is_not(cfg, tmp_path, monkeypatch):
+def test_a_changed_rule_is_another_run_and_a_comment_is_not(cfg, monkeypatch):
     """The identity of a run covers what the code does. (An old result was once shown as new.)"""
     source = Path(rho.__file__).read_text()
     rule = "return student_loss - ref_loss"
     assert source.count(rule) == 1
     hashes = []
     for text in (source, source + "\n# a comment\n", source.replace(rule, "return -ref_loss")):
-        (tmp_path / "rho.py").write_text(text)
-        monkeypatch.setattr(rho.inspect, "getsourcefile", lambda _: str(tmp_path / "rho.py"))
+        monkeypatch.setitem(rho.FILES, rho.Config, text)
         hashes.append(rho.code_hash(rho.Config))
     assert hashes[0] == hashes[1] != hashes[2]
     monkeypatch.undo()
@@ -754,6 +780,16 @@ def test_a_changed_rule_is_another_run_and_a_comment_is_not(cfg, tmp_path, monke
     monkeypatch.setattr(rho, "code_hash", lambda *_: "other")
     with pytest.raises(rho.InputError, match="code of rho.py"):
         go(cfg, "clm")
+
+
+def test_an_edit_while_a_run_goes_on_is_not_its_code(cfg, tmp_path, monkeypatch):
+    """Python executes what it has read at its start, so that is what a run is stamped with."""
+    before = rho.code_hash(Config), rho.SOURCES[rho.token_loss]
+    edited = tmp_path / "rho.py"
+    edited.write_text(Path(rho.__file__).read_text().replace("student_loss - ref_loss", "ref_loss"))
+    monkeypatch.setattr(rho.inspect, "getsourcefile", lambda _: str(edited))
+    monkeypatch.setattr(rho.inspect, "getsource", lambda _: "edited")
+    assert (rho.code_hash(Config), rho.SOURCES[rho.token_loss]) == before
 
 
 def test_another_run_is_refused_before_the_corpus_is_scored(cfg, monkeypatch):
@@ -991,6 +1027,101 @@ def test_the_log_counts_the_reference_and_the_first_model_once_each(cfg):
     }
 
 
+def test_a_checkpoint_counts_once_however_its_path_is_written(cfg):
+    ref = Path(cfg.out) / "ref.pt"
+    go(cfg, "ref")
+    go(cfg, "slm", init=str(ref), reference=f"{cfg.out}/./ref.pt")
+    go(cfg, "slm", init=str(ref.resolve()), reference=os.path.relpath(ref), name="again")
+    assert in_all(cfg)["slm"] == in_all(cfg)["again"] == "5,120"
+
+
+def test_the_table_says_that_a_reference_was_trained_again_since(cfg):
+    go(cfg, "ref")
+    go(cfg, "clm")
+    go(cfg, "slm")
+    go(cfg, "slm", name="on", init=f"{cfg.out}/slm.pt")
+    made_with = [note for note in said_by_table(cfg) if "was made with another" in note]
+    assert not made_with
+    go(cfg, "ref", restart=True, lr=1e-4)
+    found = [note for note in said_by_table(cfg) if "was made with another" in note]
+    assert found == [
+        f"{run} was made with another ref.pt than the one above" for run in ("on", "slm")
+    ]
+
+
+def said_by_table(cfg):
+    return sorted(rho.table_notes(rho.read_runs(cfg.out)))
+
+
+def test_a_reference_that_is_measured_otherwise_is_marked(cfg):
+    go(cfg, "ref", tokens=512, lr=1e-3, seed=8)
+    go(cfg, "clm")
+    assert rho.table_rows(rho.read_runs(cfg.out))[1][0] == "ref"
+    go(cfg, "ref", restart=True, eval_windows=1)
+    assert rho.table_rows(rho.read_runs(cfg.out))[1][0] == "ref *"
+    assert any(note.startswith("* ref cannot be compared") for note in said_by_table(cfg))
+    header, *records = rho.read_log(Path(cfg.out) / "ref.jsonl")
+    header["config"]["eval_windows"] = cfg.eval_windows
+    rho.save_log(Path(cfg.out) / "ref.pt", [header, *records])
+    assert rho.table_rows(rho.read_runs(cfg.out))[1][0] == "ref"
+    header["identity"]["val.bin"] = "another"
+    rho.save_log(Path(cfg.out) / "ref.pt", [header, *records])
+    assert rho.table_rows(rho.read_runs(cfg.out))[1][0] == "ref *"
+
+
+def test_a_reference_of_other_clean_text_is_said(cfg, capsys):
+    go(cfg, "ref")
+    go(cfg, "slm")
+    assert "another ref.bin" not in capsys.readouterr().out
+    checkpoint = load_checkpoint(Path(cfg.out) / "ref.pt")
+    checkpoint["identity"]["ref.bin"] = "0" * 64
+    torch.save(checkpoint, Path(cfg.out) / "other.pt")
+    go(cfg, "slm", name="again", reference=f"{cfg.out}/other.pt")
+    assert "other.pt was trained with another ref.bin than that of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "stage, flags, says",
+    [
+        ("slm", {"select": "loss", "threshold": 0.5}, "--ratio 0.6 has no effect: --threshold"),
+        ("clm", {}, "--ratio 0.6 has no effect: every token is trained on"),
+        ("slm", {"select": "random", "reference": "no.pt"}, "--reference no.pt has no effect"),
+        ("ref", {"tokens": 512}, "--tokens 512 has no effect: --stage ref has --ref_tokens"),
+    ],
+)
+def test_a_flag_without_effect_is_said(cfg, capsys, stage, flags, says):
+    go(replace(cfg, stage=stage, tokens=1024, ref_tokens=1024), stage, **flags)
+    assert says in capsys.readouterr().out
+    go(replace(cfg, stage="slm", tokens=1024, ref_tokens=1024, name="slm"), "slm", select="random")
+    assert "has no effect" not in capsys.readouterr().out
+
+
+def test_tokens_that_may_not_be_trained_on_have_no_rank(cfg, tiny_data):
+    """Fine-tuning ranks the tokens of answers, whatever the questions' are like."""
+    process = Process(cfg)
+    windows = rho.Windows(cfg, process.meta, "sft")
+    ids = np.arange(4)
+    inputs = {"ref_loss": np.random.default_rng(0).random((windows.n, cfg.block_size))}
+    *_, valid, _, values = rho.fetch(process, windows, inputs, ids)
+    assert 0 < valid.sum() < valid.numel()
+    assert values["ref_loss"][~valid].isposinf().all()
+    assert values["ref_loss"][valid].isfinite().all()
+
+
+def test_a_run_that_is_replaced_leaves_no_losses_behind(cfg):
+    go(cfg, "clm")
+    folder = Path(cfg.out) / "clm"
+    before = {path.name for path in folder.glob("*.npy")}
+    go(cfg, "clm", restart=True, evals=1, tokens=1024)
+    assert len(before) > 1 and len(list(folder.glob("*.npy"))) == 1
+
+
+def test_the_command_in_a_log_leaves_out_restart(cfg, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "rho.py --restart true --stage clm --restart --seed 3".split())
+    _, records = go(cfg, "clm")
+    assert records[0]["command"] == "python rho.py --stage clm --seed 3"
+
+
 def test_a_resumed_run_still_counts_its_reference(cfg, monkeypatch):
     go(cfg, "ref")
 
@@ -1072,6 +1203,60 @@ def test_mix_where_it_has_no_meaning_is_refused_in_one_line(cfg, capsys, flags, 
     assert end.value.code == 2
     assert said.startswith("rho.py: ") and says in said and said.count("\n") == 1
     assert not Path(cfg.out).exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--stage=slm --name=clm", "--name clm: is the name of the run of --stage clm"),
+        ("--stage=clm --mix=0.3 --name=clm", "--name clm: is the name of the run of --stage clm"),
+        ("--stage=clm --name=ref", "--name ref: is the name of the run of --stage ref"),
+        ("--stage=clm --name=..", "--name ..: must be a plain name"),
+        ("--stage=all --reference=x.pt", "--reference: --stage all trains its own"),
+        ("--stage=clm --tokens=1e25", "must be at most"),
+        ("--stage=clm --n_embd=2 --n_head=4 --n_kv_head=4", "head_dim even"),
+    ],
+)
+def test_flags_that_would_mislead_are_refused_in_one_line(cfg, capsys, flags, says):
+    with pytest.raises(SystemExit) as end:
+        rho.main([f"--data={cfg.data}", f"--out={cfg.out}", "--device=cpu", *flags.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("rho.py: ") and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(cfg, capsys, monkeypatch, error):
+    def fails(cfg):
+        raise error
+
+    monkeypatch.setattr(rho, "run_stage", fails)
+    with pytest.raises(SystemExit) as end:
+        rho.main(["--device=cpu"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "out of memory. Lower --micro_batch" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", "3\n", '{"config": {}}\n7\n'])
+def test_a_log_of_something_else_is_called_damaged(cfg, capsys, text):
+    go(cfg, "clm")
+    log = Path(cfg.out) / "clm.jsonl"
+    log.write_text(text)
+    for flags in ([f"--data={cfg.data}", "--stage=clm"], ["--stage=table"]):
+        with pytest.raises(SystemExit) as end:
+            rho.main([f"--out={cfg.out}", "--device=cpu", *flags])
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert f"{log} is damaged. Delete it" in said and said.count("\n") == 1
 
 
 def test_mix_without_clean_text_names_the_file_that_is_missing(cfg):
