@@ -358,7 +358,8 @@ def train(cfg, process, split):
             loss.backward()
 
             all_sum = student_loss.detach().sum()
-            n_trained, n_of_corpus = (mask > 0).sum(), (chosen > 0).sum()
+            n_trained = (mask > 0).sum()
+            n_of_corpus = (chosen > 0).sum()
             step_sums += torch.stack([loss.detach(), all_sum, mask.sum(), n_trained, n_of_corpus])
 
         process.all_reduce(step_sums)
@@ -1140,7 +1141,8 @@ def header(cfg, process, model, identity):
 
 def models_before(cfg):
     """Of the models that a run needs {checkpoint: tokens}, part of its cost, and their weights."""
-    tokens, weights = {}, {}
+    tokens = {}
+    weights = {}
     paths = [cfg.reference, cfg.init]
     # One file counts once, however its path is written.
     for path in {os.path.realpath(path): path for path in paths if path}.values():
@@ -1342,7 +1344,9 @@ def why_not_comparable(records, clm):
     reasons = []
     for key, clm_value in clm_header["config"].items():
         mine = header["config"].get(key)
-        matters = key in OF_MEASUREMENT if is_reference else key not in MAY_DIFFER
+        matters = key not in MAY_DIFFER
+        if is_reference:
+            matters = key in OF_MEASUREMENT
         if matters and mine != clm_value:
             reasons.append(f"{key} {shown(mine)}, not {shown(clm_value)}")
     # Beyond the flags: the text, the data's files, the first weights, the number of processes.
