@@ -667,7 +667,6 @@ def score_corpus(cfg, process, windows):
         names.append("ref_entropy")
     path = Path(cfg.reference or Path(cfg.out, "ref.pt"))
     reference = open_model(path, cfg, process).eval()
-    note_other_clean_text(path, process)
     folder = score_folder(cfg, process, windows, reference)
     files = {name: folder / f"{name}.f16" for name in names}
 
@@ -704,21 +703,13 @@ def score_corpus(cfg, process, windows):
     return scores
 
 
-def note_other_clean_text(path, process):
-    """Say so if a reference learned another ref.bin than the data's. It may be on purpose."""
-    if path.is_dir():
-        return
-    its_text = load_checkpoint(path).get("identity", {}).get("ref.bin")
-    if its_text and its_text != process.meta["files"].get("ref.bin"):
-        process.say(f"{path} was trained with another ref.bin than that of {process.data}")
-
-
 def score_folder(cfg, process, windows, reference):
     """Where scores are kept: its name is a hash of what they depend on, so none can be stale."""
     corpus = process.meta["files"][windows.path.name]
     depends_on = [corpus, cfg.block_size, cfg.fast, str(process.dtype)]
     depends_on += [weights_hash(reference), code_hash(GPT)]
     for defined in (Windows, score_batch, token_loss):
+        # In a notebook a function may have been put in the place of one of these.
         depends_on.append(SOURCES.get(defined) or inspect.getsource(defined))
     if not cfg.fast:  # token_loss may use anything in this file
         depends_on.append(code_hash(Config))
@@ -841,6 +832,11 @@ def open_model(path, cfg, process):
     if "step" in checkpoint and checkpoint["step"] < checkpoint["steps"]:
         command = checkpoint["records"][0].get("command") or command_for(path, cfg)
         raise InputError(f"{path} has not finished training. Run: {command}")
+    identity = checkpoint.get("identity", {})
+    clean_text = process.meta["files"].get("ref.bin")
+    if identity.get("text") == "ref.bin" and identity["ref.bin"] != clean_text:
+        # It may be on purpose: another amount of clean text, say.
+        process.say(f"{path} was trained with another ref.bin than that of {cfg.data}")
     return model.to(process.device)
 
 
