@@ -357,10 +357,9 @@ def train(cfg, process, split):
                     loss = selective_loss(student_loss, mask) * mask.sum()
             loss.backward()
 
-            all_sum = student_loss.detach().sum()
-            n_trained = (mask > 0).sum()
-            n_of_corpus = (chosen > 0).sum()
-            step_sums += torch.stack([loss.detach(), all_sum, mask.sum(), n_trained, n_of_corpus])
+            losses = [loss.detach(), student_loss.detach().sum()]
+            counts = [mask.sum(), (mask > 0).sum(), (chosen > 0).sum()]
+            step_sums += torch.stack(losses + counts)
 
         process.all_reduce(step_sums)
         selected_sum, all_sum, mask_sum, n_trained, n_of_corpus = step_sums.tolist()
@@ -410,9 +409,9 @@ def fetch(process, windows, inputs, ids):
     rule_values = {}
     valid = windows.valid(ids)
     for name, values in inputs.items():
-        values = torch.from_numpy(values[ids[corpus]]).float()
+        of_corpus = torch.from_numpy(values[ids[corpus]]).float()
         # `ref_both` ranks: what may not be trained on comes last.
-        rule_values[name] = process.put(values.masked_fill(~valid[corpus], torch.inf))
+        rule_values[name] = process.put(of_corpus.masked_fill(~valid[corpus], torch.inf))
     known = [x, y, valid, torch.from_numpy(corpus)]
     return *[process.put(tensor) for tensor in known], rule_values
 
@@ -1528,9 +1527,8 @@ def flags_without_effect(cfg, stage):
         notes.append(f"--ratio {cfg.ratio} has no effect: {why}")
     if cfg.reference and not arm.reference:
         notes.append(f"--reference {cfg.reference} has no effect: {arm.name} needs none")
-    for own in ("ref_tokens", "sft_tokens"):
-        if own.startswith(stage) and cfg.tokens != Config.tokens:
-            notes.append(f"--tokens {cfg.tokens} has no effect: --stage {stage} has --{own}")
+    if stage in ("ref", "sft") and cfg.tokens != Config.tokens:
+        notes.append(f"--tokens {cfg.tokens} has no effect: --stage {stage} has --{stage}_tokens")
     return notes
 
 

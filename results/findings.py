@@ -258,16 +258,16 @@ def variants(folder):
     yield "; ".join(found) + "."
 
 
-def controls(table, folder):
+def controls_against_slm(table, folder):
     """Each row of a table of CONTROLS against SLM."""
     part = folder / "runs"
+    # The runs without a variant are there to make the others.
+    runs = [run for run, control in CONTROLS[table].items() if control.variant]
     found = []
-    for run, control in CONTROLS[table].items():
-        if control.variant:  # the others are there to make these
-            points = with_interval(gains(run, CONTROL_SLM, "right", part))
-            found.append(f"{control.label}: {points}")
-            last = run
-    yield f"Against SLM, {against(CONTROL_SLM, last, part)}:"
+    for run in runs:
+        points = with_interval(gains(run, CONTROL_SLM, "right", part))
+        found.append(f"{CONTROLS[table][run].label}: {points}")
+    yield f"Against SLM, {against(CONTROL_SLM, runs[0], part)}:"
     yield "; ".join(found) + "."
 
 
@@ -369,8 +369,8 @@ FINDINGS = {
     "dynamics": token_dynamics,
     "self": self_reference,
     "variants": variants,
-    "when": partial(controls, "when"),
-    "fixed": partial(controls, "fixed"),
+    "when": partial(controls_against_slm, "when"),
+    "fixed": partial(controls_against_slm, "fixed"),
     "lr": lr,
     "sft": sft,
     "real": real,
