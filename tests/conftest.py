@@ -27,10 +27,14 @@ PORTS = itertools.count(20_000 + 10 * (os.getpid() % 1000))
 
 @pytest.fixture
 def two_processes():
-    """two_processes(): the environments that torchrun would give two processes, with gloo."""
+    """two_processes(): the environments that torchrun would give two processes, with gloo.
 
-    def environments():
-        here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+    ports: how many ports are theirs, from MASTER_PORT on.
+    """
+
+    def environments(ports=1):
+        port = [next(PORTS) for _ in range(ports)][0]
+        here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         here |= {"OMP_NUM_THREADS": "1"}
         if os.path.exists("/sys/class/net/lo"):
             here |= {"GLOO_SOCKET_IFNAME": "lo"}  # it need not find this machine's name

@@ -561,8 +561,8 @@ def test_math_recipe():
 
 
 def test_general_recipe_mixes_6_3_1():
-    write_hub(rows=1500)
-    run("--recipe", "general", "--max_tokens", 300_000)
+    write_hub(rows=500)
+    run("--recipe", "general", "--max_tokens", 100_000)
     counts = {"cerebras": 0, "bigcode": 0, "open-web-math": 0}
     for text in read("out", "train"):
         counts[text.split("/")[0]] += len(text)

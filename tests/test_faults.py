@@ -295,7 +295,7 @@ def test_killed_runs_end_as_if_they_had_not_been(place):
     """kill -9 whenever a new checkpoint has appeared; the last run's bytes equal a whole run's."""
     flags = ["--stage=clm", "--tokens=8192", "--evals=8"]
     whole, cut = place[1] / "whole.pt", place[1] / "cut.pt"
-    start(place, *flags, "--name=whole").wait(timeout=600)
+    run(place, *flags, "--name=whole")
     kills = 0
     while kills < 3:
         stamp = cut.stat().st_mtime_ns if cut.exists() else 0
@@ -308,7 +308,8 @@ def test_killed_runs_end_as_if_they_had_not_been(place):
             time.sleep(0.001)
         if process.wait(timeout=600) == 0:
             break
-    assert kills and start(place, *flags, "--name=cut").wait(timeout=600) == 0
+    assert kills
+    run(place, *flags, "--name=cut")
     a, b = (model.load_checkpoint(path) for path in (whole, cut))
     assert all(x.equal(y) for x, y in zip(a["model"].values(), b["model"].values(), strict=True))
     timed = ("seconds", "eval_seconds")
@@ -335,17 +336,17 @@ def test_a_signal_ends_a_run_in_one_line_and_it_resumes(place, number, status):
     assert 0 < step < 1000000 // 256 and not list(place[1].rglob("*.tmp"))
 
 
-def test_two_writers_of_one_run_in_two_processes(place):
+def test_two_writers_of_one_run_in_two_processes(place, capsys):
     flags = ["--stage=clm", "--tokens=1000000", "--evals=1000"]
     first = start(place, *flags)
     while not (place[1] / "clm.pt").exists():
         assert first.poll() is None
         time.sleep(0.01)
-    second = start(place, *flags, stderr=subprocess.PIPE)
-    _, said = second.communicate(timeout=600)
+    with pytest.raises(SystemExit) as end:
+        run(place, *flags)
     first.kill()
     first.wait()
-    assert second.returncode == 2 and "being written by another run" in said
+    assert end.value.code == 2 and "being written by another run" in capsys.readouterr().err
     assert model.load_checkpoint(place[1] / "clm.pt")
 
 
