@@ -402,6 +402,26 @@ def test_random_control_trains_on_as_many_other_tokens(cfg):
     assert same(random[0], go(cfg, "slm", select="random", name="again")[0])
 
 
+def test_random_control_draws_other_tokens_at_each_step_on_each_rank(cfg, monkeypatch):
+    """The same places of every window would be another corpus, not a control."""
+    drawn = []
+
+    def draw(*given):
+        mask = rho_select(*given)
+        drawn.append(mask.flatten().tolist())
+        return mask
+
+    rho_select = rho.select_tokens
+    monkeypatch.setattr(rho, "select_tokens", draw)
+    for rank in (0, 1):
+        process = Process(cfg)
+        process.rank = rank
+        process.share = lambda step_windows: step_windows
+        other = replace(cfg, select="random", micro_batch=2, name=f"rank{rank}")
+        train_arm(other, process, "slm")
+    assert len(drawn) == 2 * 10 * 2 == len(set(map(tuple, drawn)))
+
+
 @pytest.mark.parametrize(
     "weights, says",
     [
