@@ -1,6 +1,7 @@
 """Training, scoring, resuming: that the loop is the definition, and that nothing is stale."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -392,6 +393,26 @@ def test_threshold_under_accumulation_is_one_mean(cfg):
     go(cfg, "ref")
     whole, parts = (go(cfg, "slm", micro_batch=m, name=f"m{m}")[0] for m in (4, 1))
     assert apart(whole, parts, cfg) < 0.02
+
+
+def test_ranks_in_fine_tuning_are_those_among_the_answers(cfg):
+    """What may not be trained on would push the ranks of the rest apart, in one of two inputs."""
+    process = Process(cfg)
+    windows = Windows(cfg, process.meta, "sft")
+    ids = np.arange(4)
+    shape = (windows.n, windows.T)
+    inputs = {name: np.random.rand(*shape) for name in ("ref_loss", "ref_entropy")}
+    questions = ~windows.valid(np.arange(windows.n)).numpy()
+    inputs["ref_loss"][questions] *= 0.1  # of a low loss, but not of a low entropy
+    _, y, valid, _, values = rho.fetch(process, windows, inputs, ids)
+    student_loss = torch.zeros(y.shape)
+    score = rho.score_tokens("ref_both", student_loss, **values)
+    mask = rho.select_tokens(score, 0.5, valid=valid)
+
+    answers = {name: torch.from_numpy(of_all[ids])[valid] for name, of_all in inputs.items()}
+    score = rho.score_tokens("ref_both", student_loss[valid], **answers)
+    assert 0 < valid.sum() < valid.numel()
+    assert mask[valid].equal(rho.select_tokens(score, 0.5)) and not mask[~valid].any()
 
 
 def test_random_control_trains_on_as_many_other_tokens(cfg):
@@ -982,6 +1003,16 @@ def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
     assert last["trained"] == 10 * round(0.6 * 256) == 1540
     assert last["questions"] == 3 and 0 <= last["right"] <= 3
     assert last["val_loss"] > 0 and last["val_corpus_loss"] > 0
+
+
+def test_the_log_counts_the_seconds_of_all_steps_since_the_start(cfg, monkeypatch):
+    """By a clock on which each look takes a second: so does each step."""
+    ticks = itertools.count()
+    monkeypatch.setattr(rho, "time", SimpleNamespace(time=lambda: next(ticks)))
+    _, records = go(cfg, "clm")
+    assert [record["seconds"] for record in records[1:]] == [2, 4, 6, 8, 10]
+    answering = sum(record["eval_seconds"] for record in records[1:])
+    assert answering >= 5 and rho.total_seconds(records) == 10 + answering
 
 
 def notes(cfg, name):
