@@ -164,6 +164,19 @@ def test_training_equals_the_plain_definition(cfg, optimizer):
     assert apart(trained, go(cfg, "slm", select="loss")[0], cfg) > 0.2
 
 
+def test_a_step_divides_by_the_mask_and_clips(cfg):
+    """By hand, with plain gradient descent: AdamW and Muon hide the size of a gradient."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    descent = torch.optim.SGD(model.parameters(), lr=100.0)
+    model.weight.grad = torch.tensor([[6.0, 8.0]])  # a sum over two tokens: the mean is (3, 4)
+    cfg = replace(cfg, clip=1.0)
+    norm = rho.take_step(cfg, Process(cfg), model, [descent], step=5, mask_sum=2.0)
+    assert norm == pytest.approx(5)
+    expected = -learning_rate(cfg, 5, cfg.steps) * torch.tensor([[0.6, 0.8]])
+    torch.testing.assert_close(model.weight.data, expected)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_mix_gradient_equals_a_plain_loop(cfg, fast, micro_batch, monkeypatch):
