@@ -164,6 +164,20 @@ def test_training_equals_the_plain_definition(cfg, optimizer):
     assert apart(trained, go(cfg, "slm", select="loss")[0], cfg) > 0.2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_for_the_matrices_inside_the_blocks(cfg, optimizer):
+    """Not for embeddings, the head and norms, as the models of this kind are trained."""
+    cfg = replace(cfg, optimizer=optimizer, weight_decay=0.3)
+    model = GPT(GPTConfig(vocab_size=300, **SMALL))
+    decay = {}
+    for group in [g for o in rho.make_optimizers(cfg, model) for g in o.param_groups]:
+        decay.update((parameter, group["weight_decay"]) for parameter in group["params"])
+    for name, parameter in model.named_parameters():
+        inside = "proj" in name  # q_proj to down_proj; the rest are norms, embedding and head
+        assert decay.pop(parameter) == (0.3 if inside else 0.0), name
+    assert not decay
+
+
 def test_a_step_divides_by_the_mask_and_clips(cfg):
     """By hand, with plain gradient descent: AdamW and Muon hide the size of a gradient."""
     model = torch.nn.Linear(2, 1, bias=False)
