@@ -713,8 +713,8 @@ def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkey
     assert len(list(Path(cfg.out, "scores").glob("*/*.f16"))) == 3
 
 
-def test_a_stale_score_is_never_used(cfg, tiny_data):
-    """The folder's name covers the reference's weights, the corpus and the window's length."""
+def test_a_stale_score_is_never_used(cfg, monkeypatch):
+    """The folder's name covers what a loss depends on: weights, corpus, window, precision, code."""
     go(cfg, "ref")
     process, path = Process(cfg), Path(cfg.out) / "ref.pt"
 
@@ -730,6 +730,13 @@ def test_a_stale_score_is_never_used(cfg, tiny_data):
     checkpoint["model"]["norm.weight"][0] += 1e-6
     torch.save(checkpoint, path)
     assert folders() == 4
+    assert folders(replace(cfg, fast=False)) == 5
+    halved = Process(cfg)
+    halved.dtype = torch.bfloat16
+    halved.meta["files"]["train.bin"] = "another corpus"
+    assert folders(process=halved) == 6
+    monkeypatch.setitem(rho.FILES, GPT, rho.FILES[GPT] + "\nother_code = True\n")
+    assert folders() == 7
     go(cfg, "slm")
     go(cfg, "ref", ref_tokens=1280, restart=True)
     with pytest.raises(InputError, match="scores of the reference"):
