@@ -3,27 +3,38 @@
 import statistics
 
 from controls import (
-    AMOUNTS,
     BEGUN_ARMS,
+    CLEAN_CELLS,
     CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
+    DIRTIER_MIX,
     MIX,
     NEW_RATE,
     RATES,
-    REF_TOKENS,
     SLM_RATES,
     TRIED_MIX,
     TRIED_RATES,
     TRIED_RATIOS,
     USES,
+    dirtier_name,
     new_rate_name,
     ratio_name,
     trial_name,
     use_name,
 )
-from logs import ends, gains, percent, published, spread, value, where, with_interval
+from logs import (
+    ends,
+    gains,
+    interval,
+    percent,
+    published,
+    spread,
+    value,
+    where,
+    with_interval,
+)
 
 from rho import tokens_in_all
 
@@ -98,51 +109,63 @@ REF_SHARES = {"third": "1/3", "tenth": "1/10"}
 
 
 def cells(folder):
-    """{(amount, share): {arm: right answers of seed 1, %}} of the cells that were run."""
+    """{(amount, share): {arm: {seed: right answers, %}}} of the cells that were run."""
     found = {}
-    for amount in AMOUNTS:
-        for share in REF_TOKENS:
-            answers = {}
-            for arm in (*USES, "ref"):
-                records = published(use_name(amount, share, arm), folder / "runs").get(1)
-                if records:
-                    answers[arm] = value(records[-1], "right")
-            if "slm" in answers:
-                found[amount, share] = answers
+    for (amount, share), seeds in CLEAN_CELLS.items():
+        answers = {}
+        for arm in (*USES, "ref"):
+            logs = published(use_name(amount, share, arm), folder / "runs")
+            # An arm without a reference is shared by cells, and may have more seeds than this one.
+            answers[arm] = {seed: value(logs[seed][-1], "right") for seed in seeds if seed in logs}
+        if answers["slm"]:
+            found[amount, share] = answers
     return found
 
 
+SELECTIVE = [arm for arm in USES if "slm" in arm]
+OF_A_MODEL = [*AT_HAND["the corpus only"], *AT_HAND["a model of clean text"]]
+# {what one has: (the arms with selection, their rivals)}
+CONTESTS = {
+    "the text at hand": (SELECTIVE, [*(arm for arm in USES if arm not in SELECTIVE), "ref"]),
+    "only a model of it": (
+        [arm for arm in OF_A_MODEL if arm in SELECTIVE],
+        [arm for arm in OF_A_MODEL if arm not in SELECTIVE],
+    ),
+}
+
+
+def lead(answers, contest):
+    """The best arm with selection minus the best without, seed by seed; best by their means."""
+    mine, rivals = [
+        max(arms, key=lambda arm: statistics.mean(answers[arm].values()))
+        for arms in CONTESTS[contest]
+    ]
+    return [answers[mine][seed] - answers[rivals][seed] for seed in answers[mine]]
+
+
 def clean_map(folder):
-    """Right answers by amount of clean text and the reference's share of all tokens, seed 1."""
+    """Right answers by amount of clean text and the reference's share of all tokens."""
     found = cells(folder)
     yield ["use", *(f"{amount} x, reference {REF_SHARES[share]}" for amount, share in found)]
     labels = {**{arm: use.label for arm, use in USES.items()}, "ref": "(the reference itself)"}
     for arm, label in labels.items():
-        yield [label, *(f"{answers[arm]:.1f}" for answers in found.values())]
-
-
-def best(answers, arms):
-    return max(answers[arm] for arm in arms)
+        yield [label, *(spread(list(answers[arm].values())) for answers in found.values())]
+    yield ["seeds", *(str(len(answers["slm"])) for answers in found.values())]
+    for contest in CONTESTS:
+        leads = [with_interval(lead(answers, contest)) for answers in found.values()]
+        yield [f"selection's lead, {contest}", *leads]
 
 
 def map_sentences(folder):
-    """In which cells selection wins, with the clean text at hand and with a model of it only."""
+    """In how many cells selection leads, with the text at hand and with a model of it only."""
     found = cells(folder)
-    selective = [arm for arm in USES if "slm" in arm]
-    others = [arm for arm in USES if arm not in selective]
-    of_a_model = AT_HAND["a model of clean text"] + AT_HAND["the corpus only"]
-    groups = {
-        "With the text at hand": (selective, [*others, "ref"]),
-        "With only the model": (
-            [arm for arm in of_a_model if arm in selective],
-            [arm for arm in of_a_model if arm not in selective],
-        ),
-    }
-    for words, (mine, rivals) in groups.items():
-        pairs = [(best(cell, mine), best(cell, rivals)) for cell in found.values()]
-        wins = sum(a > b for a, b in pairs)
-        yield f"{words}, the best arm with selection is ahead of the best without in {wins} of"
-        yield f"{len(pairs)} cells: {', '.join(f'{a:.1f} against {b:.1f}' for a, b in pairs)}."
+    for contest in CONTESTS:
+        leads = [lead(answers, contest) for answers in found.values()]
+        ahead = sum(statistics.mean(points) > 0 for points in leads)
+        sure = sum(len(points) > 1 and interval(points)[1] > 0 for points in leads)
+        behind = sum(len(points) > 1 and interval(points)[2] < 0 for points in leads)
+        yield f"With {contest}, the best arm with selection is ahead of the best without in {ahead}"
+        yield f"of {len(leads)} cells; the interval is above zero in {sure}, below in {behind}."
 
 
 def shares_table(folder):
@@ -175,6 +198,29 @@ def cheap_table(folder):
         row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
         row.append(spread(ends(run, "right", part)))
         yield [*row, "" if label == USES[RIVAL].label else with_interval(points)]
+
+
+def dirtier_runs():
+    """{run: (label, share of clean text in its mixture)} of the dirtier corpus."""
+    runs = {dirtier_name("ref"): ("(the reference)", "")}
+    for arm in ("clean_only", "slm"):
+        runs[dirtier_name(arm)] = (USES[arm].label, "")
+    for arm, mixes in DIRTIER_MIX.items():
+        for mix in mixes:
+            runs[dirtier_name(arm, mix)] = (USES[arm].label, percent(float(mix)))
+    return runs
+
+
+def dirtier_table(folder):
+    """The uses of a little clean text beside a dirtier corpus, in longer runs, seed 1."""
+    yield ["use", "clean share of the mixture", "in all", "target loss", "answers right, %"]
+    for run, (label, share) in dirtier_runs().items():
+        records = published(run, folder / "runs").get(1)
+        if records:
+            end = records[-1]
+            right = f"{value(end, 'right'):.1f}"
+            in_all = f"{tokens_in_all(records):,}"
+            yield [label, share, in_all, f"{end['val_loss']:.3f}", right]
 
 
 def trials_table(folder):

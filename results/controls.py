@@ -199,6 +199,50 @@ def new_rate_name(arm):
     return f"{use_name(*CLOSE_CELL, arm)}-lr{NEW_RATE}"
 
 
+# ---- a dirtier corpus, for longer ----------------------------------------------------------------
+
+# Six pieces of dirt for each problem, 1,500 clean problems, three times as many tokens. Of the
+# corpus a fifth is kept, near its share of target text, as in the long runs with such a corpus.
+DIRTIER_DATA = "dirty0.3"
+DIRTIER_IN_ALL = 4_000_000
+DIRTIER_REF = 400_000
+# The shares of clean text in the mixture that were tried, seed 1.
+DIRTIER_MIX = {
+    "mixed_clm": ["0.15", "0.3", "0.6", "0.8"],
+    "mixed_slm": ["0.15", "0.3", "0.6"],
+}
+DIRTIER_ARMS = ["ref", "clean_only", "slm", *DIRTIER_MIX]
+
+
+def dirtier_name(arm, mix=None):
+    return f"dirty-{arm}" if mix is None else f"dirty-{arm}-mix{mix}"
+
+
+def dirtier_run(arm, mix=None):
+    """The command of one arm; mix: the share of clean text, where the arm has one."""
+    if arm == "ref":
+        flags = f"--stage ref --ref_tokens {DIRTIER_REF} --lr {RATES[arm]} --evals 3"
+        return rho(dirtier_name(arm), flags, 1, DIRTIER_DATA)
+    use = USES[arm]
+    tokens = DIRTIER_IN_ALL - DIRTIER_REF * use.needs_ref
+    length = "--ref_tokens" if arm == "clean_only" else "--tokens"
+    flags = f"{use.flags} {length} {tokens} --lr {RATES[arm]} --evals 10"
+    if "slm" in arm:
+        flags += " --ratio 0.2"
+    flags = flags.replace("MIX", mix or "").replace("REF", f"out/seed1/{dirtier_name('ref')}.pt")
+    return rho(dirtier_name(arm, mix), flags, 1, DIRTIER_DATA)
+
+
+def dirtier_commands():
+    make = "python prepare_data.py --wrong 0.75 --dirty 6 --n_ref 1500"
+    make += f" --max_tokens {DIRTIER_IN_ALL + 200_000} --out data/{DIRTIER_DATA}"
+    yield " && ".join([make, *(dirtier_run(arm) for arm in ("ref", "slm"))])
+    yield dirtier_run("clean_only")
+    for arm, mixes in DIRTIER_MIX.items():
+        for mix in mixes:
+            yield dirtier_run(arm, mix)
+
+
 # ---- other units, other rules, other masks -------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from controls import (
     clean_data_commands,
     clean_trials_commands,
     controls_commands,
+    dirtier_commands,
     rho,
     slm_lr_commands,
 )
@@ -365,6 +366,7 @@ DEMO = {
     "clean-data": clean_data_commands,
     "clean-trials": clean_trials_commands,
     "clean": clean_commands,
+    "clean-dirtier": dirtier_commands,
     "controls": controls_commands,
     "slm-lr": slm_lr_commands,
 }

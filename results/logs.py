@@ -75,7 +75,10 @@ MAIN_LOGS = [f"runs/seed*/{run}.jsonl" for run in MAIN_RUNS]
 FRESH_LOGS = [f"fresh/seed*/{run}.jsonl" for run in MAIN_RUNS]
 BASELINES = [f"runs/seed*/{CLM_RUN}.jsonl", f"runs/seed*/{SLM_RUN}.jsonl"]
 DEMO_USES = [use_name("1", "third", arm) for arm in ("ref", *USES)]
-MAP = [use_name(*cell, arm) for cell in CLEAN_CELLS for arm in ("ref", *USES)]
+MAP_LOGS = []
+for cell, seeds in CLEAN_CELLS.items():
+    runs = [use_name(*cell, arm) for arm in ("ref", *USES)]
+    MAP_LOGS += [f"runs/seed{seed}/{run}.jsonl" for seed in seeds for run in runs]
 MIX_TRIALS = []
 for amount, tried in TRIED_MIX.items():
     MIX_TRIALS += [use_name(amount, "third", "mixed_clm", mix) for mix in tried]
@@ -115,9 +118,10 @@ SOURCES = {
     "real-lr": ["real/seed1/lr*.jsonl"],
     "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
-    "clean-map": [f"runs/seed1/{run}.jsonl" for run in MAP],
+    "clean-map": MAP_LOGS,
     "clean-shares": [f"runs/seed1/{run}.jsonl" for run in MIX_TRIALS],
     "clean-cheap": [f"runs/seed*/{run}.jsonl" for run in (*BOTH, *CHEAP_TRIALS)],
+    "clean-dirtier": ["runs/seed1/dirty-*.jsonl"],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
     **{
         table: [f"runs/seed*/{run}.jsonl" for run in (CONTROL_CLM, CONTROL_SLM, *controls)]

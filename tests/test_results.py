@@ -134,6 +134,7 @@ HEADERS = {
     "clean-map": "use | 1 x, reference 1/3 | 1 x, reference 1/10 | 0.3 x, reference 1/3",
     "clean-shares": "clean text | 5 % of the mixture | 15 % of the mixture",
     "clean-cheap": "use | seeds | target loss | answers right, % | points over CLM on corpus and",
+    "clean-dirtier": "use | clean share of the mixture | in all | target loss | answers right, %",
     "clean-trials": "use | rate 1.9e-4 | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3",
     "units": "rule | seeds | in all | trained on | target loss | answers right, %",
     "no-reference": "rule | seeds | in all | trained on | target loss | answers right, %",
