@@ -743,6 +743,17 @@ def test_a_stale_score_is_never_used(cfg, monkeypatch):
         go(cfg, "slm")
 
 
+def test_every_weight_counts_in_the_hash_of_a_model():
+    model = GPT(GPTConfig(vocab_size=300, **SMALL))
+    seen = {rho.weights_hash(model)}
+    for parameter in model.parameters():
+        for place in (0, -1):
+            with torch.no_grad():
+                parameter.view(-1)[place] += 1e-6
+            seen.add(rho.weights_hash(model))
+    assert len(seen) == 1 + 2 * len(list(model.parameters()))
+
+
 def test_the_reference_stays_as_it_was(cfg):
     go(cfg, "ref")
     before = (Path(cfg.out) / "ref.pt").read_bytes()
