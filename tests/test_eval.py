@@ -535,6 +535,13 @@ def test_small_block(parrot, encoding):
     assert [r["shots"] for r in records] == [None, 0, 0, 0]
     assert records[0]["completion"] == "" and not records[0]["correct"]
     assert model.calls == [(3, 60 - len("Question: Seventeen thousand?\nAnswer:") - 1)]
+    # With room for one new token it is asked, with room for none it is not.
+    longest = len(f"Question: {QUESTIONS[0]['question']}\nAnswer:") + 1
+    for block_size, asked in ((longest + 1, 0), (longest, None)):
+        (record,) = answer_questions(
+            parrot(REPLIES, block_size=block_size), encoding, QUESTIONS[:1]
+        )
+        assert record["shots"] == asked
     room = parrot(REPLIES, block_size=512)
     shots = answer_questions(room, encoding, QUESTIONS[1:2], 8, max_new_tokens=200)[0]["shots"]
     assert 0 < shots < 8 and room.calls == [(1, 200)]
@@ -581,6 +588,8 @@ SETS = [  # task, a row in its public form, what is read
      "P\n(A) 1 , 200, (B) 16", "B"),
     ("mathqa", {"Problem": "P", "options": "['a ) 12', 'b ) 16']", "correct": "a"},
      "P\n(A) 12, (B) 16", "A"),
+    ("mathqa", {"Problem": "P", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "e"},
+     "P\n(A) 1, (B) 2, (C) 3, (D) 4, (E) 5", "E"),
     ("mmlu_stem", MMLU, "P\n(A) x, (B) y, (C) z, (D) w", "C"),
     ("sat", {"Question": "P", "options": "A) $f(-6)=0$ B) $f(6)=-6$", "Answer": "A"},
      "P\n(A) $f(-6)=0$, (B) $f(6)=-6$", "A"),
