@@ -538,10 +538,10 @@ def test_small_block(parrot, encoding):
     # With room for one new token it is asked, with room for none it is not.
     longest = len(f"Question: {QUESTIONS[0]['question']}\nAnswer:") + 1
     for block_size, asked in ((longest + 1, 0), (longest, None)):
-        (record,) = answer_questions(
-            parrot(REPLIES, block_size=block_size), encoding, QUESTIONS[:1]
-        )
+        tight = parrot(REPLIES, block_size=block_size)
+        (record,) = answer_questions(tight, encoding, QUESTIONS[:1])
         assert record["shots"] == asked
+        assert tight.calls == ([] if asked is None else [(1, 1)])
     room = parrot(REPLIES, block_size=512)
     shots = answer_questions(room, encoding, QUESTIONS[1:2], 8, max_new_tokens=200)[0]["shots"]
     assert 0 < shots < 8 and room.calls == [(1, 200)]
