@@ -161,11 +161,13 @@ def map_sentences(folder):
     found = cells(folder)
     for contest in CONTESTS:
         leads = [lead(answers, contest) for answers in found.values()]
+        intervals = [interval(points) for points in leads if len(points) > 1]
         ahead = sum(statistics.mean(points) > 0 for points in leads)
-        sure = sum(len(points) > 1 and interval(points)[1] > 0 for points in leads)
-        behind = sum(len(points) > 1 and interval(points)[2] < 0 for points in leads)
+        above = sum(low > 0 for _, low, _ in intervals)
+        below = sum(high < 0 for _, _, high in intervals)
         yield f"With {contest}, the best arm with selection is ahead of the best without in {ahead}"
-        yield f"of {len(leads)} cells; the interval is above zero in {sure}, below in {behind}."
+        yield f"of {len(leads)} cells. Of the {len(intervals)} cells with several seeds, the"
+        yield f"interval is above zero in {above} and below zero in {below}."
 
 
 def shares_table(folder):
