@@ -396,6 +396,10 @@ def test_all_ends_with_the_table_and_then_skips(place, capsys):
         assert what in said
     run(place, "--stage=all", "--questions=4")
     assert capsys.readouterr().out.count("finished already") == 5
+    # The rival with the clean text in its corpus reads as much as SLM and its reference together.
+    runs = rho.read_runs(place[1])
+    in_all = {name: rho.tokens_in_all(records) for name, records in runs.items()}
+    assert in_all["clm-mix"] == in_all["slm"] == 2048 and in_all["clm"] == 1024
 
 
 def test_every_run_shows_and_another_length_is_marked(place, capsys):
@@ -415,6 +419,20 @@ def test_every_run_shows_and_another_length_is_marked(place, capsys):
     assert {"mine", "above", "longer", "ref", "clm"} <= rows.keys()
     assert "longer *" in rows["longer"] and "*" not in rows["mine"] + rows["above"]
     assert "longer cannot be compared with clm: tokens 2048, not 1024" in said
+
+
+def test_an_unfinished_run_is_marked_and_nothing_is_compared_with_an_unfinished_clm(place, capsys):
+    run(place, "--stage=clm")
+    run(place, "--stage=clm", "--mix=0.5")
+    for name, said in (
+        ("clm-mix", "* clm-mix cannot be compared with clm: unfinished"),
+        ("clm", "clm is unfinished: nothing can be compared with it yet"),
+    ):
+        log = place[1] / f"{name}.jsonl"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+        capsys.readouterr()
+        run(place, "--stage=table")
+        assert said in capsys.readouterr().out
 
 
 def test_a_table_of_nothing_says_what_to_run(place, capsys):
