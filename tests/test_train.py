@@ -1431,7 +1431,8 @@ def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg):
     rho.run_stage(replace(cfg, stage="dynamics", tokens=16 * 256, lr=1e-3))
     for arm in ("clm", "slm"):
         lines = Path(cfg.out, f"dynamics-{arm}.jsonl").read_text().splitlines()
-        records = list(map(json.loads, lines[1:]))
+        header, *records = map(json.loads, lines)
+        assert header["config"]["seed"] == cfg.seed + 1  # not the pages of clm in their order
         assert [record["step"] for record in records] == list(range(1, 17))
         assert learned < 4.5 and abs(records[0]["val_corpus_loss"] - learned) < 0.3  # scratch: 5.7
         assert len(list(Path(cfg.out, f"dynamics-{arm}").iterdir())) == 16
