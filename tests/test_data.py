@@ -346,6 +346,22 @@ def test_sft_masks_answers_and_the_token_that_ends_them(text):
     assert mask[0] == 0
 
 
+def test_a_token_over_a_seam_belongs_to_the_later_segment():
+    """ "ab" is a token, and becomes another one when "c" follows."""
+    ranks = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc"]
+    encoding = get_tokenizer(prepare_data.ranks_spec("seam", ranks, 259))
+    segments = [("x ab", False), ("c", True), (" d", False)]
+    tokens, mask = prepare_data.answer_mask(segments, encoding)
+    pieces = [encoding.decode([token]) for token in tokens]
+    assert list(zip(pieces, mask, strict=True)) == [
+        ("x", False),
+        (" ", False),
+        ("abc", True),
+        (" ", False),
+        ("d", False),
+    ]
+
+
 # ---- splits ----
 
 
@@ -439,6 +455,10 @@ def test_questions_are_found_and_dropped(text):
     thirteen = " ".join(LONG.split()[3:16])
     shouted = "see: " + LONG.upper().replace(" ", "\n ").replace(",", " -- ") + " (lost)"
     curly = f"… “{SHORT.replace('-', '–')}” …"
+    # Runs of too few different words are in many a document by chance.
+    few, enough = "one two three four 5 6 7 8 9", "one two three four five 6 7 8 9"
+    kept, _ = contaminated(text, few, enough, questions=[few, enough])
+    assert kept == [True, False]
     kept, found = contaminated(text, f"Q: {LONG}", thirteen, shouted, f"x {SHORT} y", curly)
     assert kept == [False] * 5
     assert (found["questions"], found["found"], found["dropped"]) == (2, 5, True)
