@@ -108,17 +108,17 @@ def uses_sentences(folder):
 REF_SHARES = {"third": "1/3", "tenth": "1/10"}
 
 
-def cells(folder):
-    """{(amount, share): {arm: {seed: right answers, %}}} of the cells that were run."""
+def cells(folder, key):
+    """{(amount, share): {arm: {seed: where it ended}}} of the cells that were run."""
     found = {}
     for (amount, share), seeds in CLEAN_CELLS.items():
-        answers = {}
+        arms = {}
         for arm in (*USES, "ref"):
             logs = published(use_name(amount, share, arm), folder / "runs")
             # An arm without a reference is shared by cells, and may have more seeds than this one.
-            answers[arm] = {seed: value(logs[seed][-1], "right") for seed in seeds if seed in logs}
-        if answers["slm"]:
-            found[amount, share] = answers
+            arms[arm] = {seed: value(logs[seed][-1], key) for seed in seeds if seed in logs}
+        if arms["slm"]:
+            found[amount, share] = arms
     return found
 
 
@@ -134,40 +134,45 @@ CONTESTS = {
 }
 
 
-def lead(answers, contest):
+def lead(arms, contest, key):
     """The best arm with selection minus the best without, seed by seed; best by their means."""
-    mine, rivals = [
-        max(arms, key=lambda arm: statistics.mean(answers[arm].values()))
-        for arms in CONTESTS[contest]
+    best = max if key == "right" else min
+    mine, rival = [
+        best(group, key=lambda arm: statistics.mean(arms[arm].values()))
+        for group in CONTESTS[contest]
     ]
-    return [answers[mine][seed] - answers[rivals][seed] for seed in answers[mine]]
+    return [arms[mine][seed] - arms[rival][seed] for seed in arms[mine]]
 
 
 def clean_map(folder):
     """Right answers by amount of clean text and the reference's share of all tokens."""
-    found = cells(folder)
-    yield ["use", *(f"{amount} x, reference {REF_SHARES[share]}" for amount, share in found)]
+    answers = cells(folder, "right")
+    losses = cells(folder, "val_loss")
+    yield ["use", *(f"{amount} x, reference {REF_SHARES[share]}" for amount, share in answers)]
     labels = {**{arm: use.label for arm, use in USES.items()}, "ref": "(the reference itself)"}
     for arm, label in labels.items():
-        yield [label, *(spread(list(answers[arm].values())) for answers in found.values())]
-    yield ["seeds", *(str(len(answers["slm"])) for answers in found.values())]
+        yield [label, *(spread(list(arms[arm].values())) for arms in answers.values())]
+    yield ["seeds", *(str(len(arms["slm"])) for arms in answers.values())]
     for contest in CONTESTS:
-        leads = [with_interval(lead(answers, contest)) for answers in found.values()]
-        yield [f"selection's lead, {contest}", *leads]
+        leads = [with_interval(lead(arms, contest, "right")) for arms in answers.values()]
+        yield [f"selection's lead in points, {contest}", *leads]
+    for contest in CONTESTS:
+        leads = [with_interval(lead(arms, contest, "val_loss"), 3) for arms in losses.values()]
+        yield [f"in target loss (below 0 is better), {contest}", *leads]
 
 
 def map_sentences(folder):
     """In how many cells selection leads, with the text at hand and with a model of it only."""
-    found = cells(folder)
-    for contest in CONTESTS:
-        leads = [lead(answers, contest) for answers in found.values()]
-        intervals = [interval(points) for points in leads if len(points) > 1]
-        ahead = sum(statistics.mean(points) > 0 for points in leads)
-        above = sum(low > 0 for _, low, _ in intervals)
-        below = sum(high < 0 for _, _, high in intervals)
-        yield f"With {contest}, the best arm with selection is ahead of the best without in {ahead}"
-        yield f"of {len(leads)} cells. Of the {len(intervals)} cells with several seeds, the"
-        yield f"interval is above zero in {above} and below zero in {below}."
+    for key, words in {"right": "answers", "val_loss": "target loss"}.items():
+        for contest in CONTESTS:
+            leads = [lead(arms, contest, key) for arms in cells(folder, key).values()]
+            intervals = [interval(values) for values in leads if len(values) > 1]
+            above = sum(low > 0 for _, low, _ in intervals)
+            below = sum(high < 0 for _, _, high in intervals)
+            better, worse = (above, below) if key == "right" else (below, above)
+            yield f"By {words}, with {contest}: the best arm with selection is shown to be better"
+            yield f"in {better} and worse in {worse} of the {len(intervals)} cells with several"
+            yield "seeds."
 
 
 def shares_table(folder):
@@ -185,21 +190,27 @@ def shares_table(folder):
 
 
 def cheap_table(folder):
-    """SLM with the cheaper reference, beside CLM on both texts."""
+    """SLM with the cheaper reference, beside CLM on both texts; what was tried, on seed 1."""
     part = folder / "runs"
-    yield ["use", "seeds", "target loss", "answers right, %", f"points over {USES[RIVAL].label}"]
-    rows = {USES[RIVAL].label: use_name(*CLOSE_CELL, RIVAL)}
-    both = USES["mixed_slm"].label
-    rows[f"{both}, 50 % kept"] = use_name(*CLOSE_CELL, "mixed_slm")
+    rival, both = USES[RIVAL].label, USES["mixed_slm"].label
+    yield ["use", "seeds", "target loss", "answers right, %", f"points over {rival}"]
+    rival_run, both_run = (use_name(*CLOSE_CELL, arm) for arm in (RIVAL, "mixed_slm"))
+    # (label, run, its seeds: None for all)
+    rows = [(rival, rival_run, None), (f"{both}, 50 % kept", both_run, None)]
+    rows += [(f"{rival}, seed 1", rival_run, [1]), (f"{both}, 50 % kept, seed 1", both_run, [1])]
     for ratio in TRIED_RATIOS:
-        rows[f"{both}, {100 * float(ratio):.0f} % kept"] = ratio_name(ratio)
+        rows.append((f"{both}, {percent(float(ratio))} kept, seed 1", ratio_name(ratio), [1]))
     for arm in BEGUN_ARMS:
-        rows[f"{USES[arm].label}, rate {NEW_RATE}"] = new_rate_name(arm)
-    for label, run in rows.items():
-        points = gains(run, use_name(*CLOSE_CELL, RIVAL), "right", part)
-        row = [label, str(len(points)), spread(ends(run, "val_loss", part), 3)]
-        row.append(spread(ends(run, "right", part)))
-        yield [*row, "" if label == USES[RIVAL].label else with_interval(points)]
+        rows.append((f"{USES[arm].label}, rate {NEW_RATE}, seed 1", new_rate_name(arm), [1]))
+    rivals = published(rival_run, part)
+    for label, run, seeds in rows:
+        logs = published(run, part)
+        ended = {seed: logs[seed][-1] for seed in seeds or logs}
+        losses = [end["val_loss"] for end in ended.values()]
+        answers = {seed: value(end, "right") for seed, end in ended.items()}
+        points = [right - value(rivals[seed][-1], "right") for seed, right in answers.items()]
+        row = [label, str(len(ended)), spread(losses, 3), spread(list(answers.values()))]
+        yield [*row, "" if run == rival_run else with_interval(points)]
 
 
 def dirtier_runs():
