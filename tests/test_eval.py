@@ -355,8 +355,9 @@ HOSTILE = [
 def test_hostile_text_is_answered_at_once(text):
     started = time.process_time()
     answer = extract_answer(text)
-    for other in ("5", text, text + "1", answer):
+    for other in ("5", text + "1", answer):
         assert is_equiv(text, other) == is_equiv(other, text)
+    is_equiv(text, text)
     assert time.process_time() - started < 1
 
 

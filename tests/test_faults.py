@@ -297,7 +297,7 @@ def test_killed_runs_end_as_if_they_had_not_been(place):
     whole, cut = place[1] / "whole.pt", place[1] / "cut.pt"
     run(place, *flags, "--name=whole")
     kills = 0
-    while kills < 3:
+    while kills < 2:
         stamp = cut.stat().st_mtime_ns if cut.exists() else 0
         process = start(place, *flags, "--name=cut")
         while process.poll() is None:
