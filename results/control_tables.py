@@ -163,16 +163,20 @@ def clean_map(folder):
 
 def map_sentences(folder):
     """In how many cells selection leads, with the text at hand and with a model of it only."""
+    several = [arms for arms in cells(folder, "right").values() if len(arms["slm"]) > 1]
+    yield f"Of the {len(several)} cells with several seeds, the best arm with selection is shown"
+    yield "to be better or worse than the best without:"
+    counts = []
     for key, words in {"right": "answers", "val_loss": "target loss"}.items():
         for contest in CONTESTS:
             leads = [lead(arms, contest, key) for arms in cells(folder, key).values()]
+            if key == "val_loss":  # less is better
+                leads = [[-difference for difference in values] for values in leads]
             intervals = [interval(values) for values in leads if len(values) > 1]
-            above = sum(low > 0 for _, low, _ in intervals)
-            below = sum(high < 0 for _, _, high in intervals)
-            better, worse = (above, below) if key == "right" else (below, above)
-            yield f"By {words}, with {contest}: the best arm with selection is shown to be better"
-            yield f"in {better} and worse in {worse} of the {len(intervals)} cells with several"
-            yield "seeds."
+            better = sum(low > 0 for _, low, _ in intervals)
+            worse = sum(high < 0 for _, _, high in intervals)
+            counts.append(f"by {words}, with {contest}, better in {better} and worse in {worse}")
+    yield f"{'; '.join(counts)}."
 
 
 def shares_table(folder):
@@ -192,9 +196,11 @@ def shares_table(folder):
 def cheap_table(folder):
     """SLM with the cheaper reference, beside CLM on both texts; what was tried, on seed 1."""
     part = folder / "runs"
-    rival, both = USES[RIVAL].label, USES["mixed_slm"].label
+    rival = USES[RIVAL].label
+    both = USES["mixed_slm"].label
     yield ["use", "seeds", "target loss", "answers right, %", f"points over {rival}"]
-    rival_run, both_run = (use_name(*CLOSE_CELL, arm) for arm in (RIVAL, "mixed_slm"))
+    rival_run = use_name(*CLOSE_CELL, RIVAL)
+    both_run = use_name(*CLOSE_CELL, "mixed_slm")
     # (label, run, its seeds: None for all)
     rows = [(rival, rival_run, None), (f"{both}, 50 % kept", both_run, None)]
     rows += [(f"{rival}, seed 1", rival_run, [1]), (f"{both}, 50 % kept, seed 1", both_run, [1])]

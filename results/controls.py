@@ -30,7 +30,7 @@ CLEAN_CELLS = {
     ("0.1", "tenth"): (1,),
 }
 
-# With the cheaper reference, SLM on both texts is near CLM on them: more seeds of it, and other
+# With the cheaper reference, SLM on both texts is nearer to CLM on them: more seeds, and other
 # shares of the corpus kept (seed 1). The arms started from that poor reference have a low rate,
 # chosen for a better one: they are also run at the rate of new weights (seed 1).
 CLOSE_CELL = ("1", "tenth")
@@ -211,11 +211,13 @@ DIRTIER_MIX = {
     "mixed_clm": ["0.15", "0.3", "0.6", "0.8"],
     "mixed_slm": ["0.15", "0.3", "0.6"],
 }
-DIRTIER_ARMS = ["ref", "clean_only", "slm", *DIRTIER_MIX]
 
 
 def dirtier_name(arm, mix=None):
-    return f"dirty-{arm}" if mix is None else f"dirty-{arm}-mix{mix}"
+    name = f"dirty-{arm}"
+    if mix:
+        name += f"-mix{mix}"
+    return name
 
 
 def dirtier_run(arm, mix=None):
@@ -224,7 +226,9 @@ def dirtier_run(arm, mix=None):
         flags = f"--stage ref --ref_tokens {DIRTIER_REF} --lr {RATES[arm]} --evals 3"
         return rho(dirtier_name(arm), flags, 1, DIRTIER_DATA)
     use = USES[arm]
-    tokens = DIRTIER_IN_ALL - DIRTIER_REF * use.needs_ref
+    tokens = DIRTIER_IN_ALL
+    if use.needs_ref:
+        tokens -= DIRTIER_REF
     length = "--ref_tokens" if arm == "clean_only" else "--tokens"
     flags = f"{use.flags} {length} {tokens} --lr {RATES[arm]} --evals 10"
     if "slm" in arm:
