@@ -992,16 +992,22 @@ def code_hash(*objects):
     """A hash of the files that define the objects. Comments and docstrings may change."""
     digest = sha256()
     for defined in objects:
-        try:
-            tree = ast.parse(FILES[defined])
-        except SystemError as error:  # so CPython says that a signal came while it was parsing
-            raise KeyboardInterrupt from error
-        for node in ast.walk(tree):
-            may_have_docstring = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
-            if may_have_docstring and ast.get_docstring(node):
-                node.body = node.body[1:]
-        digest.update(ast.dump(tree).encode())
+        digest.update(code_alone(FILES[defined]).encode())
     return digest.hexdigest()[:16]
+
+
+@lru_cache
+def code_alone(text):
+    """The syntax tree of a file's text, written out, without comments and docstrings."""
+    try:
+        tree = ast.parse(text)
+    except SystemError as error:  # so CPython says that a signal came while it was parsing
+        raise KeyboardInterrupt from error
+    for node in ast.walk(tree):
+        may_have_docstring = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        if may_have_docstring and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def inputs_hash(cfg, windows, inputs):

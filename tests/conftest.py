@@ -51,6 +51,12 @@ def tiny_data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def no_wait_for_the_disk(monkeypatch):
+    """No test of this process pulls the plug, and each checkpoint would wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
 def same_every_time():
     """One seed; and one thread: small tensors, a second only waits, and sums in another order."""
     torch.manual_seed(0)

@@ -40,11 +40,30 @@ QUICK = {"batch_size": 4, "micro_batch": 4, "tokens": 2560, "ref_tokens": 2560, 
 EVALUATIONS = {"evals": 5, "eval_windows": 4, "questions": 3}
 
 
+def small_config(data, out):
+    return Config(data=str(data), out=str(out), ratio=0.6, **SMALL, **QUICK, **EVALUATIONS)
+
+
 @pytest.fixture
 def cfg(tiny_data, tmp_path):
-    return Config(
-        data=str(tiny_data), out=str(tmp_path / "out"), ratio=0.6, **SMALL, **QUICK, **EVALUATIONS
-    )
+    return small_config(tiny_data, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def ref_files(tiny_data, tmp_path_factory):
+    """The checkpoint and the log of a reference, trained once for all tests that only need one."""
+    out = tmp_path_factory.mktemp("ref")
+    cfg = small_config(tiny_data, out)
+    train_arm(cfg, Process(cfg), "ref")
+    return [out / "ref.pt", out / "ref.jsonl"]
+
+
+@pytest.fixture
+def ref(cfg, ref_files):
+    """A test that asks for it finds a trained reference in cfg.out."""
+    Path(cfg.out).mkdir()
+    for path in ref_files:
+        shutil.copy(path, cfg.out)
 
 
 def go(cfg, stage, **changes):
@@ -127,13 +146,12 @@ def test_learning_rate_warms_up_and_falls_to_its_end():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_equals_the_plain_definition(cfg, optimizer):
+def test_training_equals_the_plain_definition(cfg, ref, optimizer):
     """Three steps of --stage slm, repeated with token_loss, select_tokens and autograd alone.
 
     This fails when the mask is dropped, the shift doubled, the scores stale, or the excess zero.
     """
     cfg = replace(cfg, optimizer=optimizer, tokens=3 * 256, evals=1)
-    go(cfg, "ref")
     trained, records = go(cfg, "slm")
     reference, _ = load_model(Path(cfg.out) / "ref.pt")
     process = Process(cfg)
@@ -193,13 +211,12 @@ def test_a_step_divides_by_the_mask_and_clips(cfg):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
-def test_mix_gradient_equals_a_plain_loop(cfg, fast, micro_batch, monkeypatch):
+def test_mix_gradient_equals_a_plain_loop(cfg, ref, fast, micro_batch, monkeypatch):
     """One step of two corpus windows and two clean ones, token by token.
 
     A micro-batch of one holds corpus or clean text alone.
     """
     cfg = replace(cfg, optimizer="adamw", clip=1e9, fast=fast, micro_batch=micro_batch)
-    go(cfg, "ref")
     real, seen = rho.take_step, []
 
     def spy(cfg, process, model, *rest):
@@ -249,9 +266,8 @@ def test_mix_gradient_equals_a_plain_loop(cfg, fast, micro_batch, monkeypatch):
 
 
 @pytest.mark.parametrize("select", [rule for rule in NEEDS if rule != "all"])
-def test_mix_counts_all_of_the_clean_text_and_the_ratio_of_the_corpus(cfg, tiny_data, select):
+def test_mix_counts_all_of_the_clean_text_and_the_ratio_of_the_corpus(cfg, ref, tiny_data, select):
     """40 windows at 0.3: 12 of clean text. At positions 3, 6, 9, 13, 16, 19 and so on."""
-    go(cfg, "ref")
     _, records = go(cfg, "slm", select=select, mix=0.3)
     clean_in_step = [int(0.3 * 4 * (s + 1)) - int(0.3 * 4 * s) for s in range(10)]
     assert sum(clean_in_step) == 12
@@ -266,8 +282,7 @@ def test_mix_counts_all_of_the_clean_text_and_the_ratio_of_the_corpus(cfg, tiny_
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast, capsys):
-    go(cfg, "ref")
+def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, ref, fast, capsys):
     _, records = go(cfg, "slm", threshold=50.0, mix=0.5, fast=fast)
     assert records[-1]["trained"] == 20 * 64
     # It is said all the same: the rule does nothing.
@@ -276,9 +291,8 @@ def test_mix_trains_on_clean_text_where_nothing_is_selected(cfg, fast, capsys):
     assert "2 steps selected no token and trained on clean text alone" in said
 
 
-def test_mix_a_step_without_a_corpus_window_is_not_empty(cfg):
+def test_mix_a_step_without_a_corpus_window_is_not_empty(cfg, ref):
     """A batch of one at a mix of 0.5: every second step is clean text."""
-    go(cfg, "ref")
     _, records = go(cfg, "slm", mix=0.5, batch_size=1, tokens=640)
     assert [record["empty_steps"] for record in records[1:]] == [0] * 5
 
@@ -291,8 +305,7 @@ def test_mix_of_plain_clm_trains_on_every_token(cfg):
 
 
 @pytest.mark.parametrize("flags", [{}, {"threshold": 0.05}, {"micro_batch": 2}, {"mix": 0.3}])
-def test_the_fast_form_trains_as_the_plain_functions_do(cfg, flags):
-    go(cfg, "ref")
+def test_the_fast_form_trains_as_the_plain_functions_do(cfg, ref, flags):
     fast, records = go(cfg, "slm", **flags)
     plain, again = go(cfg, "slm", name="plain", fast=False, **flags)
     assert apart(fast, plain, cfg) < 0.02
@@ -301,7 +314,7 @@ def test_the_fast_form_trains_as_the_plain_functions_do(cfg, flags):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_rule_per_sequence_sees_sequences(cfg, monkeypatch, fast):
+def test_a_rule_per_sequence_sees_sequences(cfg, ref, monkeypatch, fast):
     """What the text calls (B, T) is (B, T): half of each window, and no less of any."""
     seen = []
 
@@ -312,7 +325,6 @@ def test_a_rule_per_sequence_sees_sequences(cfg, monkeypatch, fast):
         seen.append(mask)
         return mask
 
-    go(cfg, "ref")
     monkeypatch.setattr(rho, "select_tokens", half_of_each_window)
     _, records = go(cfg, "slm", fast=fast)
     assert len(seen) == 10 and all((mask.sum(1) == 32).all() for mask in seen)
@@ -320,13 +332,12 @@ def test_a_rule_per_sequence_sees_sequences(cfg, monkeypatch, fast):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_soft_weights_train_in_either_form(cfg, monkeypatch, fast):
+def test_soft_weights_train_in_either_form(cfg, ref, monkeypatch, fast):
     """A selection may weigh instead of choose; both forms move the weights alike."""
 
     def weigh(score, ratio, threshold, valid):
         return torch.sigmoid(2 * score)
 
-    go(cfg, "ref")
     monkeypatch.setattr(rho, "select_tokens", weigh)
     soft, records = go(cfg, "slm", fast=fast)
     other, _ = go(cfg, "slm", name="other", fast=not fast)
@@ -395,17 +406,15 @@ def test_an_edited_loss_does_not_measure_itself(cfg, monkeypatch):
     assert edited["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
 
 
-def test_the_whole_sequence_stays_the_input(cfg):
+def test_the_whole_sequence_stays_the_input(cfg, ref):
     """Before the first step both arms have the same losses: the mask hides nothing from them."""
-    go(cfg, "ref")
     cfg = replace(cfg, tokens=256, evals=1)
     slm, clm = go(cfg, "slm")[1][-1], go(cfg, "clm")[1][-1]
     assert slm["student_loss"] == pytest.approx(clm["student_loss"], abs=1e-6)
     assert slm["trained"] == round(0.6 * 256) and clm["trained"] == 256
 
 
-def test_ratio_one_is_plain_clm(cfg):
-    go(cfg, "ref")
+def test_ratio_one_is_plain_clm(cfg, ref):
     assert same(go(cfg, "clm")[0], go(cfg, "slm", ratio=1.0)[0])
 
 
@@ -414,10 +423,9 @@ def test_accumulation_changes_nothing_for_clm(cfg):
     assert apart(whole, parts, cfg) < 0.02
 
 
-def test_threshold_under_accumulation_is_one_mean(cfg):
+def test_threshold_under_accumulation_is_one_mean(cfg, ref):
     """Micro-batches select unequal numbers here; the step must divide by their sum, once."""
     cfg = replace(cfg, tokens=256, evals=1, threshold=0.05)
-    go(cfg, "ref")
     whole, parts = (go(cfg, "slm", micro_batch=m, name=f"m{m}")[0] for m in (4, 1))
     assert apart(whole, parts, cfg) < 0.02
 
@@ -442,8 +450,7 @@ def test_ranks_in_fine_tuning_are_those_among_the_answers(cfg):
     assert mask[valid].equal(rho.select_tokens(score, 0.5)) and not mask[~valid].any()
 
 
-def test_random_control_trains_on_as_many_other_tokens(cfg):
-    go(cfg, "ref")
+def test_random_control_trains_on_as_many_other_tokens(cfg, ref):
     slm, random = go(cfg, "slm"), go(cfg, "slm", select="random")
     assert slm[1][-1]["trained"] == random[1][-1]["trained"] == round(0.6 * 256) * 10
     assert apart(slm[0], random[0], cfg) > 0.2
@@ -485,8 +492,7 @@ def test_what_is_no_mask_and_no_weight_is_refused(cfg, monkeypatch, weights, say
         go(cfg, "slm", select="loss", block_size=32)
 
 
-def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
-    go(cfg, "ref")
+def test_nothing_selected_makes_no_step_and_says_so(cfg, ref, capsys):
     model, records = go(cfg, "slm", threshold=50.0, name="nothing")
     torch.manual_seed(cfg.seed)
     assert same(model, GPT(model.config))  # not even weight decay moved it
@@ -495,9 +501,8 @@ def test_nothing_selected_makes_no_step_and_says_so(cfg, capsys):
     assert "2 steps selected no token and were not made" in said
 
 
-def test_momentum_moves_nothing_while_nothing_is_selected(cfg, monkeypatch):
+def test_momentum_moves_nothing_while_nothing_is_selected(cfg, ref, monkeypatch):
     """Muon normalises: stale momentum alone would move the weights at full speed."""
-    go(cfg, "ref")
     real, calls = rho.select_tokens, []
 
     def then_nothing(score, *rest):
@@ -524,8 +529,7 @@ def test_oracle_trains_on_the_clean_target_tokens(cfg, tiny_data):
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def test_scores_on_disk_equal_an_online_reference(cfg):
-    go(cfg, "ref")
+def test_scores_on_disk_equal_an_online_reference(cfg, ref):
     process = Process(cfg)
     windows = Windows(cfg, process.meta, "train")
     cfg = replace(cfg, tokens=10**6, select="ref_both")
@@ -567,10 +571,9 @@ def test_mix_visited_windows_are_those_of_the_batches(mix):
         assert rho.visited_windows(cfg, few).tolist() == sorted(seen)
 
 
-def test_mix_clean_windows_need_no_stored_score(cfg):
+def test_mix_clean_windows_need_no_stored_score(cfg, ref):
     """All that the run does not visit is NaN in the file, window 0 among it."""
     cfg = replace(cfg, seed=2)  # of an order in which 0 comes late
-    go(cfg, "ref")
     model, records = go(cfg, "slm", mix=0.3)
     scores = np.fromfile(next(Path(cfg.out, "scores").rglob("*.f16")), np.float16)
     scores = scores.reshape(-1, 64)
@@ -589,9 +592,8 @@ def test_mix_clean_windows_need_no_stored_score(cfg):
     assert (values == scores[[a, b]]).all() and np.isfinite(values).all()
 
 
-def test_mix_a_rule_of_ones_own_sees_the_corpus_alone(cfg, monkeypatch):
+def test_mix_a_rule_of_ones_own_sees_the_corpus_alone(cfg, ref, monkeypatch):
     """Also one that divides by what a clean window has not: it would be 0 / 0."""
-    go(cfg, "ref")
     seen = []
 
     def divided(select, student_loss, ref_loss, generator):
@@ -605,8 +607,7 @@ def test_mix_a_rule_of_ones_own_sees_the_corpus_alone(cfg, monkeypatch):
     assert sum(n for n, _ in seen) == sum(n for _, n in seen) == corpus
 
 
-def test_interrupted_scoring_goes_on(cfg, monkeypatch):
-    go(cfg, "ref")
+def test_interrupted_scoring_goes_on(cfg, ref, monkeypatch):
     process = Process(cfg)
     windows = Windows(cfg, process.meta, "train")
     cfg = replace(cfg, tokens=10**6)
@@ -629,9 +630,8 @@ def test_interrupted_scoring_goes_on(cfg, monkeypatch):
     assert len(calls) == before  # nothing is scored twice
 
 
-def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
+def test_a_slow_rank_scores_its_whole_share(cfg, ref, monkeypatch):
     """The fast one must not write its scores before the slow one has looked at what is missing."""
-    go(cfg, "ref")
     # Python's parser, by which code_hash reads the code, is not made for two threads.
     monkeypatch.setattr(rho, "code_hash", lambda *_: "")
     barrier = threading.Barrier(2, timeout=600)
@@ -658,9 +658,8 @@ def test_a_slow_rank_scores_its_whole_share(cfg, monkeypatch):
     assert (~np.isnan(scores)).sum() == cfg.tokens
 
 
-def test_of_a_longer_run_only_the_new_windows_are_scored(cfg, monkeypatch):
+def test_of_a_longer_run_only_the_new_windows_are_scored(cfg, ref, monkeypatch):
     """The others stay to the last bit: a run has begun with them."""
-    go(cfg, "ref")
     go(cfg, "slm", tokens=1280)
     path = next(Path(cfg.out, "scores").rglob("*.f16"))
     before = np.fromfile(path, np.float16)
@@ -679,8 +678,7 @@ def test_of_a_longer_run_only_the_new_windows_are_scored(cfg, monkeypatch):
     assert known.sum() == sum(scored) == 1280 and (~np.isnan(after)).sum() == 2560
 
 
-def test_losses_that_are_there_stay_when_entropies_are_added(cfg, monkeypatch):
-    go(cfg, "ref")
+def test_losses_that_are_there_stay_when_entropies_are_added(cfg, ref, monkeypatch):
     process = Process(cfg)
     windows = Windows(cfg, process.meta, "train")
     before = np.array(score_corpus(cfg, process, windows)["ref_loss"])
@@ -692,9 +690,8 @@ def test_losses_that_are_there_stay_when_entropies_are_added(cfg, monkeypatch):
     assert (np.isnan(scores["ref_entropy"]) == np.isnan(before)).all()
 
 
-def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkeypatch):
+def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, ref, monkeypatch):
     """So an edited token_loss is used for student and reference, and no older score is."""
-    go(cfg, "ref")
     process = Process(cfg)
     windows = Windows(cfg, process.meta, "train")
     fast = np.array(score_corpus(cfg, process, windows)["ref_loss"])
@@ -713,9 +710,8 @@ def test_without_the_fast_form_the_reference_is_scored_by_token_loss(cfg, monkey
     assert len(list(Path(cfg.out, "scores").glob("*/*.f16"))) == 3
 
 
-def test_a_stale_score_is_never_used(cfg, monkeypatch):
+def test_a_stale_score_is_never_used(cfg, ref, monkeypatch):
     """The folder's name covers what a loss depends on: weights, corpus, window, precision, code."""
-    go(cfg, "ref")
     process, path = Process(cfg), Path(cfg.out) / "ref.pt"
 
     def folders(cfg=cfg, process=process):
@@ -754,8 +750,7 @@ def test_every_weight_counts_in_the_hash_of_a_model():
     assert len(seen) == 1 + 2 * len(list(model.parameters()))
 
 
-def test_the_reference_stays_as_it_was(cfg):
-    go(cfg, "ref")
+def test_the_reference_stays_as_it_was(cfg, ref):
     before = (Path(cfg.out) / "ref.pt").read_bytes()
     go(cfg, "slm")
     assert (Path(cfg.out) / "ref.pt").read_bytes() == before
@@ -771,8 +766,7 @@ def test_reference_of_another_size_than_the_student(cfg):
 
 
 @pytest.mark.parametrize("stage, mix", [("clm", 0.0), ("slm", 0.0), ("slm", 0.3)])
-def test_a_resumed_run_is_bit_identical(cfg, stage, mix, monkeypatch):
-    go(cfg, "ref")
+def test_a_resumed_run_is_bit_identical(cfg, ref, stage, mix, monkeypatch):
     cfg = replace(cfg, mix=mix)
     whole, records = go(cfg, stage, name="whole")
     calls, real = [], rho.evaluate
@@ -794,9 +788,8 @@ def test_a_resumed_run_is_bit_identical(cfg, stage, mix, monkeypatch):
     assert [json.loads(line) for line in lines] == again and len(lines) == 6
 
 
-def test_a_checkpoint_between_evaluations_resumes_bit_identically(cfg, monkeypatch):
+def test_a_checkpoint_between_evaluations_resumes_bit_identically(cfg, ref, monkeypatch):
     """--save_minutes: what had added up since the last evaluation is in the checkpoint, too."""
-    go(cfg, "ref")
     whole, records = go(cfg, "slm", name="whole")
     real, steps = rho.take_step, []
 
@@ -890,8 +883,7 @@ def test_an_edit_while_a_run_goes_on_is_not_its_code(cfg, tmp_path, monkeypatch)
     assert (rho.code_hash(Config), rho.SOURCES[rho.token_loss]) == before
 
 
-def test_another_run_is_refused_before_the_corpus_is_scored(cfg, monkeypatch):
-    go(cfg, "ref")
+def test_another_run_is_refused_before_the_corpus_is_scored(cfg, ref, monkeypatch):
     go(cfg, "slm")
     monkeypatch.setattr(rho, "score_batch", None)
     with pytest.raises(InputError, match="slm.pt is another run .--block_size was 64"):
@@ -904,9 +896,8 @@ def test_the_oracle_knows_nothing_of_text_for_fine_tuning(cfg):
         go(cfg, "sft", init=f"{cfg.out}/clm.pt", select="oracle")
 
 
-def test_scores_from_elsewhere_are_another_run(cfg, monkeypatch):
+def test_scores_from_elsewhere_are_another_run(cfg, ref, monkeypatch):
     """A diff that averages two references gives other numbers, under the same file name."""
-    go(cfg, "ref")
     go(cfg, "slm")
     real = rho.score_corpus
 
@@ -950,8 +941,7 @@ def test_of_two_writers_the_second_is_refused(cfg):
     go(cfg, "clm")  # the lock is gone with its holder
 
 
-def test_a_signal_saves_after_the_step_and_the_run_resumes(cfg, monkeypatch):
-    go(cfg, "ref")
+def test_a_signal_saves_after_the_step_and_the_run_resumes(cfg, ref, monkeypatch):
     whole, records = go(cfg, "slm", name="whole")
     real, steps = rho.take_step, []
 
@@ -1005,8 +995,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(cfg, monkeypatch):
     assert load_checkpoint(Path(cfg.out) / "clm.pt")["step"] == 2
 
 
-def test_a_reference_with_nan_scores_nothing(cfg):
-    go(cfg, "ref")
+def test_a_reference_with_nan_scores_nothing(cfg, ref):
     path = Path(cfg.out) / "ref.pt"
     saved = load_checkpoint(path)
     saved["model"]["norm.weight"][0] = torch.nan
@@ -1016,9 +1005,8 @@ def test_a_reference_with_nan_scores_nothing(cfg):
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_short_score_file_is_refused(cfg, size):
+def test_a_short_score_file_is_refused(cfg, ref, size):
     """It would be extended with zeros, which count as scores."""
-    go(cfg, "ref")
     go(cfg, "slm")
     path = next(Path(cfg.out, "scores").rglob("*.f16"))
     os.truncate(path, size)
@@ -1026,8 +1014,7 @@ def test_a_short_score_file_is_refused(cfg, size):
         go(cfg, "slm", name="again")
 
 
-def test_a_flipped_bit_in_the_scores_is_found(cfg):
-    go(cfg, "ref")
+def test_a_flipped_bit_in_the_scores_is_found(cfg, ref):
     go(cfg, "slm")
     path = next(Path(cfg.out, "scores").rglob("*.f16"))
     content = bytearray(path.read_bytes())
@@ -1037,8 +1024,7 @@ def test_a_flipped_bit_in_the_scores_is_found(cfg):
         go(cfg, "slm", name="again")
 
 
-def test_the_log_says_what_was_run_and_what_came_of_it(cfg):
-    go(cfg, "ref")
+def test_the_log_says_what_was_run_and_what_came_of_it(cfg, ref):
     _, records = go(cfg, "slm", select="random")
     first, last = records[0], records[-1]
     assert first["run"] == "slm-random" and first["config"]["ratio"] == 0.6
@@ -1135,9 +1121,8 @@ def test_the_log_counts_the_reference_and_the_first_model_once_each(cfg):
     }
 
 
-def test_a_checkpoint_counts_once_however_its_path_is_written(cfg):
+def test_a_checkpoint_counts_once_however_its_path_is_written(cfg, ref):
     ref = Path(cfg.out) / "ref.pt"
-    go(cfg, "ref")
     go(cfg, "slm", init=str(ref), reference=f"{cfg.out}/./ref.pt")
     go(cfg, "slm", init=str(ref.resolve()), reference=os.path.relpath(ref), name="again")
     assert in_all(cfg)["slm"] == in_all(cfg)["again"] == "5,120"
@@ -1177,8 +1162,7 @@ def test_a_reference_that_is_measured_otherwise_is_marked(cfg):
     assert rho.table_rows(rho.read_runs(cfg.out))[1][0] == "ref *"
 
 
-def test_a_reference_of_other_clean_text_is_said(cfg, capsys):
-    go(cfg, "ref")
+def test_a_reference_of_other_clean_text_is_said(cfg, ref, capsys):
     go(cfg, "slm")
     assert "another ref.bin" not in capsys.readouterr().out
     checkpoint = load_checkpoint(Path(cfg.out) / "ref.pt")
@@ -1230,9 +1214,7 @@ def test_the_command_in_a_log_leaves_out_restart(cfg, monkeypatch):
     assert records[0]["command"] == "python rho.py --stage clm --seed 3"
 
 
-def test_a_resumed_run_still_counts_its_reference(cfg, monkeypatch):
-    go(cfg, "ref")
-
+def test_a_resumed_run_still_counts_its_reference(cfg, ref, monkeypatch):
     def dies(*args):
         raise KeyboardInterrupt
 
@@ -1397,9 +1379,8 @@ def test_starting_from_a_checkpoint_goes_on_from_its_weights(cfg):
     assert more[-1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=1e-2)
 
 
-def test_bf16_autocast_trains_as_float32_does(cfg, monkeypatch):
+def test_bf16_autocast_trains_as_float32_does(cfg, ref, monkeypatch):
     """What CUDA runs, here on the processor."""
-    go(cfg, "ref")
     full, records = go(cfg, "slm")
     real = Process.__init__
 
@@ -1424,9 +1405,8 @@ def test_each_evaluation_keeps_the_loss_of_every_held_out_token(cfg):
     assert losses[-1] == pytest.approx(last, abs=0.01)
 
 
-def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg):
+def test_dynamics_goes_on_from_the_trained_model_in_both_arms(cfg, ref):
     cfg = replace(cfg, lr=1e-2, questions=0)
-    go(cfg, "ref")
     learned = go(cfg, "clm", tokens=25_600)[1][-1]["val_corpus_loss"]
     rho.run_stage(replace(cfg, stage="dynamics", tokens=16 * 256, lr=1e-3))
     for arm in ("clm", "slm"):
@@ -1481,9 +1461,8 @@ def two_ranks(cfg, two_processes, tmp_path):
         process.communicate()
 
 
-def test_two_processes_train_as_one(cfg, two_ranks):
+def test_two_processes_train_as_one(cfg, ref, two_ranks):
     """The same global batch: the same losses; the same bytes of scores; rank 0 alone writes."""
-    go(cfg, "ref")
     clm, alone = go(cfg, "clm")
     score_corpus(cfg, Process(cfg), Windows(cfg, Process(cfg).meta, "train"))
     scores = next(Path(cfg.out, "scores").rglob("*.f16"))
@@ -1583,12 +1562,11 @@ for number, command in enumerate(sys.argv[1:]):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names the threads")
-def test_no_thread_of_gloo_outlives_main(cfg, two_ranks):
+def test_no_thread_of_gloo_outlives_main(cfg, ref, two_ranks):
     """One that does aborts the process at its exit, now and then.
 
     Training imports torch.distributed.nn, whose default arguments kept the group alive.
     """
-    go(cfg, "ref")
     slm = "--stage=slm --name=two --evals=1 --questions=0"
     # Once to its end, and once refused.
     for rank in two_ranks(slm, f"{slm} --reference=none.pt", script=THREADS_AT_THE_END):
@@ -1642,8 +1620,7 @@ VARIANT_FLAGS = {
 
 
 @pytest.mark.parametrize("name", [path.stem for path in VARIANTS])
-def test_variants_train_and_are_not_the_rule_itself(cfg, changed, name):
-    go(cfg, "ref")
+def test_variants_train_and_are_not_the_rule_itself(cfg, ref, changed, name):
     flags = VARIANT_FLAGS.get(name, {})
     plain = go(cfg, "slm", name="plain", **flags)[1][-1]
     if name in ("fixed", "halves"):
@@ -1655,9 +1632,8 @@ def test_variants_train_and_are_not_the_rule_itself(cfg, changed, name):
     assert alike == (name == "averaged")  # one reference, averaged, is that reference
 
 
-def test_variant_of_two_references_is_the_mean_of_both(cfg, changed):
+def test_variant_of_two_references_is_the_mean_of_both(cfg, ref, changed):
     """With the same reference twice the scores stay; with two they are the mean."""
-    go(cfg, "ref")
     go(cfg, "ref", name="other", seed=2)
     module, paths = changed("averaged"), [f"{cfg.out}/{name}.pt" for name in ("ref", "other")]
     windows, seen = Windows(cfg, Process(cfg).meta, "train"), []
@@ -1674,8 +1650,7 @@ def test_variant_of_two_references_is_the_mean_of_both(cfg, changed):
     assert np.abs(known[0][first] - known[1][first]).max() > 0.1
 
 
-def test_variant_falling_trains_on_what_its_line_says(cfg, changed):
-    go(cfg, "ref")
+def test_variant_falling_trains_on_what_its_line_says(cfg, ref, changed):
     trained = variant(changed("falling"), cfg, ratio=0.3)[-1]["trained"]
     n = cfg.batch_size * cfg.block_size
     assert trained == sum(round((1 - 0.7 * step / cfg.steps) * n) for step in range(cfg.steps))
