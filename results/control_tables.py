@@ -4,13 +4,21 @@ import statistics
 
 from controls import (
     BEGUN_ARMS,
+    BETTER,
+    BETTER_SLM,
     CLEAN_CELLS,
     CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
     DIRTIER_MIX,
+    FEWER_SEEDS,
     MIX,
+    MODEL_RATES,
+    MODEL_RATIOS,
+    MODEL_SEEDS,
+    MODEL_TRIED,
+    MODEL_USES,
     NEW_RATE,
     RATES,
     SLM_RATES,
@@ -19,6 +27,8 @@ from controls import (
     TRIED_RATIOS,
     USES,
     dirtier_name,
+    kept_name,
+    model_name,
     new_rate_name,
     ratio_name,
     trial_name,
@@ -32,7 +42,6 @@ from logs import (
     published,
     spread,
     value,
-    where,
     with_interval,
 )
 
@@ -45,33 +54,39 @@ RIVAL = "mixed_clm"
 # ---- the same clean text, used otherwise ---------------------------------------------------------
 
 
-def clean_table(folder):
-    """The demo's cell: every use of the clean text at equal tokens in all."""
+def uses_compared(folder, runs, seeds, rival, over):
+    """Rows of runs {run: label}: what each costs, where it ends, its points over the run `rival`.
+
+    over: the rival's name in the header.
+    """
     part = folder / "runs"
-    yield [
-        "use",
-        "tokens of its own",
-        "in all",
-        "seeds",
-        "target loss",
-        "answers right, %",
-        "points over CLM on corpus and clean text",
-    ]
-    labels = {"ref": "(the reference)", **{arm: use.label for arm, use in USES.items()}}
-    for arm, label in labels.items():
-        run = use_name(*DEMO_CELL, arm)
-        logs = list(published(run, part).values())
+    costs = ["tokens of its own", "in all", "seeds"]
+    yield ["use", *costs, "target loss", "answers right, %", f"points over {over}"]
+    rivals = published(rival, part)
+    for run, label in runs.items():
+        logs = {seed: log for seed, log in published(run, part).items() if seed in seeds}
         if not logs:
             continue
-        in_all = {tokens_in_all(records) for records in logs}
-        row = [label, f"{logs[0][-1]['tokens']:,}", " / ".join(f"{n:,}" for n in in_all)]
-        row += [str(len(logs)), spread(ends(run, "val_loss", part), 3)]
-        points = gains(run, use_name(*DEMO_CELL, RIVAL), "right", part)
-        yield [
-            *row,
-            spread(ends(run, "right", part)),
-            "" if arm == RIVAL else with_interval(points),
-        ]
+        ended = {seed: log[-1] for seed, log in logs.items()}
+        own = {f"{end['tokens']:,}" for end in ended.values()}
+        in_all = {f"{tokens_in_all(log):,}" for log in logs.values()}
+        row = [label, " / ".join(own), " / ".join(in_all), str(len(logs))]
+        row.append(spread([end["val_loss"] for end in ended.values()], 3))
+        answers = {seed: value(end, "right") for seed, end in ended.items()}
+        row.append(spread(list(answers.values())))
+        points = []
+        for seed in answers:
+            if seed in rivals:
+                points.append(answers[seed] - value(rivals[seed][-1], "right"))
+        yield [*row, "" if run == rival else with_interval(points)]
+
+
+def clean_table(folder):
+    """The demo's cell: every use of the clean text at equal tokens in all."""
+    labels = {"ref": "(the reference)", **{arm: use.label for arm, use in USES.items()}}
+    runs = {use_name(*DEMO_CELL, arm): label for arm, label in labels.items()}
+    rival = use_name(*DEMO_CELL, RIVAL)
+    return uses_compared(folder, runs, CLEAN_CELLS[DEMO_CELL], rival, USES[RIVAL].label)
 
 
 # What one must have for each arm, in the order of the front page's table.
@@ -91,18 +106,9 @@ def uses_table(folder):
     for at_hand, arms in AT_HAND.items():
         for arm in arms:
             run = use_name(*DEMO_CELL, arm)
-            if published(run, part):
-                loss = spread(ends(run, "val_loss", part), 3)
-                yield [at_hand, labels[arm], loss, spread(ends(run, "right", part))]
-
-
-def uses_sentences(folder):
-    part = folder / "runs"
-    started, model = (use_name(*DEMO_CELL, arm) for arm in ("clean_then_slm", "ref"))
-    logs = published(started, part)
-    points = with_interval(gains(started, model, "right", part))
-    yield f"SLM started from the model, over that model: {points} points, paired over {len(logs)}"
-    yield f"seeds (95 % interval). {where(logs[1][0])}."
+            loss = spread(ends(run, "val_loss", part), 3)
+            first_cell = at_hand if arm == arms[0] else ""
+            yield [first_cell, labels[arm], loss, spread(ends(run, "right", part))]
 
 
 REF_SHARES = {"third": "1/3", "tenth": "1/10"}
@@ -240,6 +246,85 @@ def dirtier_table(folder):
             right = f"{value(end, 'right'):.1f}"
             in_all = f"{tokens_in_all(records):,}"
             yield [label, share, in_all, f"{end['val_loss']:.3f}", right]
+
+
+# The model itself is the reference of the main comparison.
+MODEL_RUN = "ref"
+
+
+def model_table(folder):
+    """What to do with a model of clean text, beside a dirtier corpus, in longer runs."""
+    runs = {MODEL_RUN: "(the model itself)"}
+    runs.update({model_name(arm, rate): MODEL_USES[arm].label for arm, rate in MODEL_RATES.items()})
+    return uses_compared(folder, runs, MODEL_SEEDS, MODEL_RUN, "the model")
+
+
+def model_more_table(folder):
+    """SLM started from the model: other shares kept (seed 1), and with a better model."""
+    started = USES["clean_then_slm"].label
+    shares = {MODEL_RUN: "(the model itself), seed 1"}
+    for ratio in MODEL_RATIOS:
+        shares[kept_name(ratio)] = f"{started}, {percent(float(ratio))} kept, seed 1"
+    chosen = model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
+    shares[chosen] = f"{started}, 20 % kept, seed 1"
+    yield from uses_compared(folder, shares, (1,), MODEL_RUN, "its model")
+    better = {BETTER: "(the better model itself)", BETTER_SLM: f"{started}, with the better model"}
+    _, *rows = uses_compared(folder, better, FEWER_SEEDS, BETTER, "its model")
+    yield from rows
+
+
+def model_sentences(folder):
+    """SLM from the model's weights against each rival, in points and in target loss."""
+    part = folder / "runs"
+    mine = model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
+    rivals = {"the model itself": MODEL_RUN}
+    for arm in ("clean_then_clm", "random", "low_loss", "distilled", "slm", "clm"):
+        rivals[MODEL_USES[arm].label] = model_name(arm, MODEL_RATES[arm])
+    yield "SLM, started from the reference, against the others, paired by seed:"
+    words = []
+    for label, run in rivals.items():
+        points = gains(mine, run, "right", part)
+        losses = gains(mine, run, "val_loss", part)
+        if points:
+            both = f"{with_interval(points)} points and {with_interval(losses, 3)} in target loss"
+            words.append(f"{both} over {label}")
+    yield f"{'; '.join(words)}."
+
+
+def model_summary(folder):
+    """The arms of the front page's first table: a column for each, from the worst to the best."""
+    runs = {"nothing: the model itself": MODEL_RUN}
+    for arm, rate in MODEL_RATES.items():
+        if arm in USES:
+            runs[USES[arm].label] = model_name(arm, rate)
+    answers = {label: ends(run, "right", folder / "runs") for label, run in runs.items()}
+    columns = [label for label in answers if answers[label]]
+    columns.sort(key=lambda label: statistics.mean(answers[label]))
+    yield ["you train", *columns]
+    yield ["answers right, %", *(spread(answers[label]) for label in columns)]
+
+
+def model_lead(folder):
+    started = model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
+    points = gains(started, MODEL_RUN, "right", folder / "runs")
+    yield f"The last two columns differ by {with_interval(points)} points,"
+    yield f"paired over {len(points)} seeds (95 % interval)."
+
+
+def model_rates_table(folder):
+    """Answers and held-out loss of the same arms on seed 1, by learning rate."""
+    rates = sorted({rate for tried in MODEL_TRIED.values() for rate in tried}, key=float)
+    yield ["use", *(f"rate {rate}" for rate in rates), "chosen"]
+    for arm, tried in MODEL_TRIED.items():
+        row = [MODEL_USES[arm].label]
+        for rate in rates:
+            records = published(model_name(arm, rate), folder / "runs").get(1)
+            cell = ""
+            if records and rate in tried:
+                end = records[-1]
+                cell = f"{value(end, 'right'):.1f} %, {end['val_loss']:.3f}"
+            row.append(cell)
+        yield [*row, MODEL_RATES[arm]]
 
 
 def trials_table(folder):

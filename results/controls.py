@@ -247,6 +247,106 @@ def dirtier_commands():
             yield dirtier_run(arm, mix)
 
 
+# ---- only a model of clean text, beside that dirtier corpus --------------------------------------
+
+# The model is the main comparison's reference. The corpus is that of the longest run with six
+# pieces of dirt for each problem; of it a fifth is kept, as there.
+MODEL_DATA = "long-d6"
+MODEL_IN_ALL = 4_000_000
+MODEL_REF = 900_000
+MODEL_USES = {
+    arm: USES[arm] for arm in ("clm", "slm", "distilled", "clean_then_clm", "clean_then_slm")
+}
+# Two controls: as many tokens, by chance; and without the student's half of the excess.
+MODEL_USES["random"] = Use(
+    "random tokens, started from the reference", "--stage slm --select random --init REF"
+)
+MODEL_USES["low_loss"] = Use(
+    "low reference loss, started from the reference",
+    "--stage slm --select ref_loss --reference REF --init REF",
+)
+# {arm: the learning rates tried on seed 1}. Of an arm with several the last was no better.
+MODEL_TRIED = {
+    "clm": ["1.5e-3"],
+    "slm": ["1.5e-3"],
+    "distilled": ["7.5e-4", "1.5e-3", "3e-3"],
+    "clean_then_clm": ["3.75e-4", "1.9e-4", "9.4e-5"],
+    "clean_then_slm": ["7.5e-4", "3.75e-4", "1.9e-4", "9.4e-5"],
+    "random": ["1.9e-4"],
+    "low_loss": ["1.9e-4"],
+}
+# The best of them by answers.
+MODEL_RATES = {
+    "clm": "1.5e-3",
+    "slm": "1.5e-3",
+    "distilled": "1.5e-3",
+    "clean_then_clm": "1.9e-4",
+    "clean_then_slm": "1.9e-4",
+    "random": "1.9e-4",
+    "low_loss": "1.9e-4",
+}
+# The arms that start from the model are the nearest to it, and have more seeds.
+MODEL_SEEDS = (1, 2, 3, 4, 5)
+FEWER_SEEDS = (1, 2, 3)
+
+
+def model_name(arm, rate):
+    """The name of a run; the rate that was tried first is not in it."""
+    name = f"model-{arm}"
+    return name if rate == MODEL_TRIED[arm][0] else f"{name}-lr{rate}"
+
+
+def model_run(arm, rate, seed):
+    use = MODEL_USES[arm]
+    tokens = MODEL_IN_ALL
+    if use.needs_ref:
+        tokens -= MODEL_REF
+    flags = use.flags.replace("REF", f"out/seed{seed}/ref.pt")
+    flags += f" --tokens {tokens} --lr {rate} --evals 10"
+    if "--stage slm" in use.flags:
+        flags += " --ratio 0.2"
+    line = rho(model_name(arm, rate), flags, seed, MODEL_DATA)
+    if arm == "distilled":
+        line = line.replace("rho.py", "out/distilled/rho.py")
+    return line
+
+
+# Other shares of the corpus kept by SLM that starts from the model, on seed 1.
+MODEL_RATIOS = ["0.1", "0.4"]
+# The same with a better model, which was trained at another rate.
+BETTER = "model-better"
+BETTER_SLM = "model-better_slm"
+
+
+def kept_name(ratio):
+    return f"model-clean_then_slm-ratio{ratio}"
+
+
+def better_run(seed):
+    train = f"--stage ref --ref_tokens {MODEL_REF} --lr {RATES['ref']} --evals 3"
+    rate = MODEL_RATES["clean_then_slm"]
+    started = model_run("clean_then_slm", rate, seed).replace("ref.pt", f"{BETTER}.pt")
+    started = started.replace(model_name("clean_then_slm", rate), BETTER_SLM)
+    return " && ".join([rho(BETTER, train, seed), started])
+
+
+def model_commands():
+    """They need the text of `long`, the references of `main` and the changed copy of `clean`."""
+    for arm, rates in MODEL_TRIED.items():
+        for rate in rates:
+            yield model_run(arm, rate, 1)
+    for seed in MODEL_SEEDS[1:]:
+        for arm, rate in MODEL_RATES.items():
+            if seed in FEWER_SEEDS or arm in BEGUN_ARMS:
+                yield model_run(arm, rate, seed)
+    for ratio in MODEL_RATIOS:
+        rate = MODEL_RATES["clean_then_slm"]
+        run = model_run("clean_then_slm", rate, 1).replace("--ratio 0.2", f"--ratio {ratio}")
+        yield run.replace(model_name("clean_then_slm", rate), kept_name(ratio))
+    for seed in FEWER_SEEDS:
+        yield better_run(seed)
+
+
 # ---- other units, other rules, other masks -------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from controls import (
     clean_trials_commands,
     controls_commands,
     dirtier_commands,
+    model_commands,
     rho,
     slm_lr_commands,
 )
@@ -367,6 +368,7 @@ DEMO = {
     "clean-trials": clean_trials_commands,
     "clean": clean_commands,
     "clean-dirtier": dirtier_commands,
+    "clean-model": model_commands,
     "controls": controls_commands,
     "slm-lr": slm_lr_commands,
 }

@@ -22,16 +22,23 @@ sys.path.insert(0, str(HERE.parent))
 
 from controls import (  # noqa: E402
     BEGUN_ARMS,
+    BETTER,
+    BETTER_SLM,
     CLEAN_CELLS,
     CLOSE_CELL,
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
+    MODEL_RATES,
+    MODEL_RATIOS,
+    MODEL_TRIED,
     SLM_RATES,
     TRIED,
     TRIED_MIX,
     TRIED_RATIOS,
     USES,
+    kept_name,
+    model_name,
     new_rate_name,
     ratio_name,
     trial_name,
@@ -85,6 +92,11 @@ for amount, tried in TRIED_MIX.items():
 BOTH = [use_name(*CLOSE_CELL, arm) for arm in ("mixed_clm", "mixed_slm")]
 CHEAP_TRIALS = [ratio_name(ratio) for ratio in TRIED_RATIOS]
 CHEAP_TRIALS += [new_rate_name(arm) for arm in BEGUN_ARMS]
+MODEL_RUNS = {arm: model_name(arm, rate) for arm, rate in MODEL_RATES.items()}
+MODEL_USE_RUNS = [run for arm, run in MODEL_RUNS.items() if arm in USES]
+MORE_RUNS = ["ref", *(kept_name(ratio) for ratio in MODEL_RATIOS)]
+MORE_RUNS.append(model_name("clean_then_slm", MODEL_RATES["clean_then_slm"]))
+MODEL_TRIALS = [model_name(arm, rate) for arm, rates in MODEL_TRIED.items() for rate in rates]
 TRIALS = [trial_name(arm, rate) for arm, rates in TRIED.items() for rate in rates]
 SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED["slm"], *SLM_RATES)]
 # {table: the files that it is made from, as patterns within results/}.
@@ -122,6 +134,13 @@ SOURCES = {
     "clean-shares": [f"runs/seed1/{run}.jsonl" for run in MIX_TRIALS],
     "clean-cheap": [f"runs/seed*/{run}.jsonl" for run in (*BOTH, *CHEAP_TRIALS)],
     "clean-dirtier": ["runs/seed1/dirty-*.jsonl"],
+    "model": [f"runs/seed*/{run}.jsonl" for run in ("ref", *MODEL_USE_RUNS)],
+    "clean-model": [f"runs/seed*/{run}.jsonl" for run in ("ref", *MODEL_RUNS.values())],
+    "clean-model-more": [
+        *(f"runs/seed1/{run}.jsonl" for run in MORE_RUNS),
+        *(f"runs/seed[123]/{run}.jsonl" for run in (BETTER, BETTER_SLM)),
+    ],
+    "clean-model-rates": [f"runs/seed1/{run}.jsonl" for run in MODEL_TRIALS],
     "clean-trials": [f"runs/seed1/{run}.jsonl" for run in TRIALS],
     **{
         table: [f"runs/seed*/{run}.jsonl" for run in (CONTROL_CLM, CONTROL_SLM, *controls)]
@@ -158,13 +177,7 @@ def provenance(table, folder=HERE):
     if not commits:
         return ""
     names = ", ".join(commit for commit, _ in commits.most_common())
-    return f"Logs made at commit {names}." if len(commits) == 1 else f"Logs of commits {names}."
-
-
-def machine(runs):
-    """Where and with what a set of runs {run: records} was made, and how long it took."""
-    took = f"{seconds(runs) / 60:.0f} minutes of training and answering"
-    return f"{where(runs['clm'][0])}; {took} for the runs of one seed."
+    return f"Logs: commit {names}." if len(commits) == 1 else f"Logs: commits {names}."
 
 
 def where(header):

@@ -32,6 +32,10 @@ from control_tables import (  # noqa: E402
     clean_table,
     control_table,
     dirtier_table,
+    model_more_table,
+    model_rates_table,
+    model_summary,
+    model_table,
     shares_table,
     slm_rates_table,
     trials_table,
@@ -91,7 +95,7 @@ def demo_table(folder):
 
 
 def main_table(folder):
-    """The first table of the front page: means over the seeds."""
+    """The picture's runs on the front page: means over the seeds."""
     yield ["arm", "target loss", "answers right, %"]
     for run in MAIN_RUNS:
         losses = ends(run, "val_loss", folder / "runs")
@@ -321,6 +325,10 @@ TABLES = {
     "clean-shares": shares_table,
     "clean-cheap": cheap_table,
     "clean-dirtier": dirtier_table,
+    "model": model_summary,
+    "clean-model": model_table,
+    "clean-model-more": model_more_table,
+    "clean-model-rates": model_rates_table,
     "clean-trials": trials_table,
     **{table: partial(control_table, table) for table in CONTROLS},
     "slm-lr": slm_rates_table,

@@ -19,6 +19,7 @@ RESULTS = ROOT / "results"
 sys.path.insert(0, str(RESULTS))
 
 import checks  # noqa: E402
+import control_tables  # noqa: E402
 import experiments  # noqa: E402
 import factors  # noqa: E402
 import findings  # noqa: E402
@@ -68,6 +69,11 @@ def test_published_values_checked_by_hand():
     assert arms["CLM: all tokens"] == "33.8 ± 4.9"
     assert arms["SLM: selected tokens"] == "64.5 ± 5.0"
     assert section("map")["75 %"] == ["", "+21.7", "+4.8", "+0.4"]
+    # 375, 382, 331, 359, 399 right of 500; the model itself 340, 346, 303, 304, 333.
+    assert section("clean-model")["SLM, started from the reference"][4:] == [
+        "73.8 ± 5.1",
+        "+8.8 (4.9 to 12.7)",
+    ]
     demo = list(tables.TABLES["demo"](RESULTS))
     right = [row[6] for row in demo[1:]]
     assert right == ["112 of 500", "56 of 500", "307 of 500", "32 of 500", "115 of 500"]
@@ -135,6 +141,10 @@ HEADERS = {
     "clean-shares": "clean text | 5 % of the mixture | 15 % of the mixture",
     "clean-cheap": "use | seeds | target loss | answers right, % | points over CLM on corpus and",
     "clean-dirtier": "use | clean share of the mixture | in all | target loss | answers right, %",
+    "clean-model": "use | tokens of its own | in all | seeds | target loss | answers right, % | po",
+    "clean-model-more": "use | tokens of its own | in all | seeds | target loss | answers right,",
+    "model": "you train | CLM on the corpus | SLM (the paper's) | ",
+    "clean-model-rates": "use | rate 9.4e-5 | rate 1.9e-4 | rate 3.75e-4 | rate 7.5e-4",
     "clean-trials": "use | rate 1.9e-4 | rate 3.75e-4 | rate 7.5e-4 | rate 1.5e-3",
     "units": "rule | seeds | in all | trained on | target loss | answers right, %",
     "no-reference": "rule | seeds | in all | trained on | target loss | answers right, %",
@@ -291,8 +301,8 @@ def test_a_table_changes_with_its_own_logs_and_no_other(marker, copied, falsifie
         assert made_with([path], falsified, copied, rows) != published, path
 
 
-# The sentences of bench and hf name machines and packages, and no measurement.
-@pytest.mark.parametrize("marker", sorted(set(findings.FINDINGS) - {"bench", "hf"}))
+# The sentences of bench, demo and hf name machines and packages, and no measurement.
+@pytest.mark.parametrize("marker", sorted(set(findings.FINDINGS) - {"bench", "demo", "hf"}))
 def test_sentences_change_with_the_logs_of_their_table(marker, copied, falsified):
     def sentences(folder):
         return " ".join(findings.FINDINGS[marker](folder))
@@ -308,8 +318,8 @@ def test_a_table_names_the_commits_of_all_its_logs():
             if path.suffix == ".jsonl" and "config" in (header := logs.read_log(path)[0]):
                 commits.add(header["commit"])
         assert commits <= set(re.findall(r"[\w-]+", logs.provenance(marker))), marker
-    assert logs.provenance("dirt") == "Logs made at commit a6dbf33."
-    assert logs.provenance("dynamics") == "Logs made at commit a6dbf33."
+    assert logs.provenance("dirt") == "Logs: commit a6dbf33."
+    assert logs.provenance("dynamics") == "Logs: commit a6dbf33."
 
 
 # ---- statistics, by hand -------------------------------------------------------------------------
@@ -340,7 +350,7 @@ def test_spread_is_mean_and_sample_deviation():
 
 def write_seed(folder, seed, run, right):
     path = folder / f"seed{seed}" / f"{run}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_records(path, log((100, 0), (200, right)))
 
 
@@ -351,6 +361,22 @@ def test_gains_are_paired_by_seed_and_taken_at_the_end(tmp_path):
     write_seed(tmp_path, 4, "slm", 9)  # without a CLM run: no pair
     assert logs.gains("slm", "clm", part=tmp_path) == [20, 40, 0]  # seeds 10, 2, 3 by name
     assert sorted(logs.ends("slm", "right", tmp_path)) == [20, 50, 60, 90]
+
+
+def test_uses_are_compared_with_the_rival_of_their_seed(tmp_path):
+    """Of a run only the seeds asked for, and points only where the rival has that seed."""
+    for seed, mine, theirs in ((1, 5, 4), (2, 6, 3), (3, 9, 0)):
+        write_seed(tmp_path / "runs", seed, "mine", mine)
+        write_seed(tmp_path / "runs", seed, "theirs", theirs)
+    write_seed(tmp_path / "runs", 4, "mine", 10)
+    runs = {"mine": "A", "theirs": "B", "not-run": "C"}
+    header, *rows = control_tables.uses_compared(tmp_path, runs, (1, 2, 4), "theirs", "B")
+    assert header[-1] == "points over B"
+    # 50, 60 and 100 % right of 10; 10 and 30 points over B: mean 20, t of one degree 12.706.
+    assert rows[0] == ["A", "200", "200", "3", "1.000 ± 0.000", "70.0 ± 26.5", rows[0][-1]]
+    assert rows[0][-1] == "+20.0 (-107.1 to 147.1)"
+    assert rows[1] == ["B", "200", "200", "2", "1.000 ± 0.000", "35.0 ± 7.1", ""]
+    assert len(rows) == 2
 
 
 def test_passing_must_hold_to_the_end():
