@@ -15,6 +15,7 @@ from controls import (
     FEWER_SEEDS,
     MIX,
     MODEL_RATES,
+    MODEL_RATIO,
     MODEL_RATIOS,
     MODEL_SEEDS,
     MODEL_TRIED,
@@ -263,10 +264,8 @@ def model_more_table(folder):
     """SLM started from the model: other shares kept (seed 1), and with a better model."""
     started = USES["clean_then_slm"].label
     shares = {MODEL_RUN: "(the model itself), seed 1"}
-    for ratio in MODEL_RATIOS:
+    for ratio in sorted([MODEL_RATIO, *MODEL_RATIOS], key=float):
         shares[kept_name(ratio)] = f"{started}, {percent(float(ratio))} kept, seed 1"
-    chosen = model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
-    shares[chosen] = f"{started}, 20 % kept, seed 1"
     yield from uses_compared(folder, shares, (1,), MODEL_RUN, "its model")
     better = {BETTER: "(the better model itself)", BETTER_SLM: f"{started}, with the better model"}
     _, *rows = uses_compared(folder, better, FEWER_SEEDS, BETTER, "its model")
@@ -292,21 +291,22 @@ def model_sentences(folder):
 
 
 def model_summary(folder):
-    """The arms of the front page's first table: a column for each, from the worst to the best."""
-    runs = {"nothing: the model itself": MODEL_RUN}
-    for arm, rate in MODEL_RATES.items():
-        if arm in USES:
-            runs[USES[arm].label] = model_name(arm, rate)
+    """The arms of the front page's first table, a column for each."""
+    runs = {}
+    for arm in ("clm", "slm", "distilled", "clean_then_clm"):
+        runs[USES[arm].label] = model_name(arm, MODEL_RATES[arm])
+    # model_lead compares these two.
+    runs["nothing: the model itself"] = MODEL_RUN
+    runs[USES["clean_then_slm"].label] = kept_name(MODEL_RATIO)
     answers = {label: ends(run, "right", folder / "runs") for label, run in runs.items()}
     columns = [label for label in answers if answers[label]]
-    columns.sort(key=lambda label: statistics.mean(answers[label]))
     yield ["you train", *columns]
     yield ["answers right, %", *(spread(answers[label]) for label in columns)]
 
 
 def model_lead(folder):
-    started = model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
-    points = gains(started, MODEL_RUN, "right", folder / "runs")
+    """SLM, started from the model, over that model: the table's last two columns."""
+    points = gains(kept_name(MODEL_RATIO), MODEL_RUN, "right", folder / "runs")
     yield f"The last two columns differ by {with_interval(points)} points,"
     yield f"paired over {len(points)} seeds (95 % interval)."
 

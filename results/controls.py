@@ -254,6 +254,7 @@ def dirtier_commands():
 MODEL_DATA = "long-d6"
 MODEL_IN_ALL = 4_000_000
 MODEL_REF = 900_000
+MODEL_RATIO = "0.2"
 MODEL_USES = {
     arm: USES[arm] for arm in ("clm", "slm", "distilled", "clean_then_clm", "clean_then_slm")
 }
@@ -304,7 +305,7 @@ def model_run(arm, rate, seed):
     flags = use.flags.replace("REF", f"out/seed{seed}/ref.pt")
     flags += f" --tokens {tokens} --lr {rate} --evals 10"
     if "--stage slm" in use.flags:
-        flags += " --ratio 0.2"
+        flags += f" --ratio {MODEL_RATIO}"
     line = rho(model_name(arm, rate), flags, seed, MODEL_DATA)
     if arm == "distilled":
         line = line.replace("rho.py", "out/distilled/rho.py")
@@ -319,6 +320,9 @@ BETTER_SLM = "model-better_slm"
 
 
 def kept_name(ratio):
+    """The run of SLM, started from the model, that keeps this share of the corpus."""
+    if ratio == MODEL_RATIO:
+        return model_name("clean_then_slm", MODEL_RATES["clean_then_slm"])
     return f"model-clean_then_slm-ratio{ratio}"
 
 
@@ -326,7 +330,7 @@ def better_run(seed):
     train = f"--stage ref --ref_tokens {MODEL_REF} --lr {RATES['ref']} --evals 3"
     rate = MODEL_RATES["clean_then_slm"]
     started = model_run("clean_then_slm", rate, seed).replace("ref.pt", f"{BETTER}.pt")
-    started = started.replace(model_name("clean_then_slm", rate), BETTER_SLM)
+    started = started.replace(kept_name(MODEL_RATIO), BETTER_SLM)
     return " && ".join([rho(BETTER, train, seed), started])
 
 
@@ -341,8 +345,9 @@ def model_commands():
                 yield model_run(arm, rate, seed)
     for ratio in MODEL_RATIOS:
         rate = MODEL_RATES["clean_then_slm"]
-        run = model_run("clean_then_slm", rate, 1).replace("--ratio 0.2", f"--ratio {ratio}")
-        yield run.replace(model_name("clean_then_slm", rate), kept_name(ratio))
+        run = model_run("clean_then_slm", rate, 1)
+        run = run.replace(f"--ratio {MODEL_RATIO}", f"--ratio {ratio}")
+        yield run.replace(kept_name(MODEL_RATIO), kept_name(ratio))
     for seed in FEWER_SEEDS:
         yield better_run(seed)
 

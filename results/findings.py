@@ -115,6 +115,7 @@ def main(folder):
     yield f"It is at CLM's final accuracy for good **{after(found['times_right'])}**,"
     yield f"at CLM's final held-out loss {after(found['times_loss'])}"
     yield "(the reference's not counted)."
+    yield f"{where(published('clm', folder / 'runs')[1][0])}."
 
 
 def arms(folder):
@@ -135,7 +136,6 @@ def arms(folder):
     yield "With the training of the reference, and the scoring of all of its pages counted as a"
     yield "third of CLM's time,"
     yield f"it takes {times_text(found['times_all'], 'times as long as CLM')} to get there."
-    yield f"{where(clms[1][0])}."
 
 
 def fresh(folder):

@@ -30,6 +30,7 @@ from controls import (  # noqa: E402
     CONTROL_SLM,
     CONTROLS,
     MODEL_RATES,
+    MODEL_RATIO,
     MODEL_RATIOS,
     MODEL_TRIED,
     SLM_RATES,
@@ -94,8 +95,7 @@ CHEAP_TRIALS = [ratio_name(ratio) for ratio in TRIED_RATIOS]
 CHEAP_TRIALS += [new_rate_name(arm) for arm in BEGUN_ARMS]
 MODEL_RUNS = {arm: model_name(arm, rate) for arm, rate in MODEL_RATES.items()}
 MODEL_USE_RUNS = [run for arm, run in MODEL_RUNS.items() if arm in USES]
-MORE_RUNS = ["ref", *(kept_name(ratio) for ratio in MODEL_RATIOS)]
-MORE_RUNS.append(model_name("clean_then_slm", MODEL_RATES["clean_then_slm"]))
+MORE_RUNS = ["ref", *(kept_name(ratio) for ratio in (MODEL_RATIO, *MODEL_RATIOS))]
 MODEL_TRIALS = [model_name(arm, rate) for arm, rates in MODEL_TRIED.items() for rate in rates]
 TRIALS = [trial_name(arm, rate) for arm, rates in TRIED.items() for rate in rates]
 SLM_TRIALS = [trial_name("slm", rate) for rate in (*TRIED["slm"], *SLM_RATES)]
