@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import eval_math
 import prepare_data
+
+# Some comparisons of LaTeX never end, and twenty of them are tried. The slowest that ends takes a
+# quarter of this.
+eval_math.SECONDS = 0.4
 
 # Where a shell starts the tests in the background, Ctrl-C is ignored in all that they start.
 if threading.current_thread() is threading.main_thread():
