@@ -13,6 +13,9 @@ from controls import (
     CONTROLS,
     DIRTIER_MIX,
     FEWER_SEEDS,
+    KEPT_CELL,
+    KEPT_MIXES,
+    KEPT_RATIOS,
     MIX,
     MODEL_RATES,
     MODEL_RATIO,
@@ -33,6 +36,7 @@ from controls import (
     new_rate_name,
     ratio_name,
     trial_name,
+    tried_name,
     use_name,
 )
 from logs import (
@@ -224,6 +228,26 @@ def cheap_table(folder):
         points = [right - value(rivals[seed][-1], "right") for seed, right in answers.items()]
         row = [label, str(len(ended)), spread(losses, 3), spread(list(answers.values()))]
         yield [*row, "" if run == rival_run else with_interval(points)]
+
+
+def kept_table(folder):
+    """SLM on both texts with less clean text, by its share and the share kept; seed 1."""
+    part = folder / "runs"
+    rival = USES[RIVAL].label
+    both = USES["mixed_slm"].label
+    yield ["use", "clean share of the mixture", "of the corpus kept", "target loss", "right, %"]
+    amount, share = KEPT_CELL
+    rows = []
+    for mix in KEPT_MIXES:
+        rows.append((rival, mix, "1", use_name(amount, share, RIVAL, mix)))
+    rows.append((both, MIX[amount], "0.5", use_name(amount, share, "mixed_slm")))
+    for mix in KEPT_MIXES:
+        for ratio in KEPT_RATIOS:
+            rows.append((both, mix, ratio, tried_name(mix, ratio)))
+    for label, mix, ratio, run in rows:
+        end = published(run, part)[1][-1]
+        shares = [percent(float(mix)), percent(float(ratio))]
+        yield [label, *shares, f"{end['val_loss']:.3f}", f"{value(end, 'right'):.1f}"]
 
 
 def dirtier_runs():

@@ -25,7 +25,7 @@ CLEAN_CELLS = {
     ("1", "third"): (1, 2, 3, 4, 5),
     ("1", "tenth"): (1, 2, 3),
     ("0.3", "third"): (1, 2, 3),
-    ("0.3", "tenth"): (1,),
+    ("0.3", "tenth"): (1, 2, 3),
     ("0.1", "third"): (1, 2, 3),
     ("0.1", "tenth"): (1,),
 }
@@ -38,6 +38,10 @@ CLOSE_SEEDS = (4, 5)
 TRIED_RATIOS = ["0.3", "0.7"]
 BEGUN_ARMS = ["clean_then_clm", "clean_then_slm"]
 NEW_RATE = "1.5e-3"
+# With less clean text, the shares of it and of the corpus were also looked for with SLM (seed 1).
+KEPT_CELL = ("0.3", "tenth")
+KEPT_MIXES = ["0.6", "0.8"]
+KEPT_RATIOS = ["0.15", "0.3"]
 
 
 class Use(NamedTuple):
@@ -189,10 +193,21 @@ def clean_commands():
     for arm in BEGUN_ARMS:
         ref = use_name(*CLOSE_CELL, "ref")
         yield use_command(*CLOSE_CELL, arm, 1, NEW_RATE, new_rate_name(arm), ref)
+    ref = use_name(*KEPT_CELL, "ref")
+    for mix in KEPT_MIXES:
+        for ratio in KEPT_RATIOS:
+            name = tried_name(mix, ratio)
+            run = use_command(*KEPT_CELL, "mixed_slm", 1, RATES["mixed_slm"], name, ref, mix)
+            yield f"{run} --ratio {ratio}"
 
 
 def ratio_name(ratio):
     return f"{use_name(*CLOSE_CELL, 'mixed_slm')}-ratio{ratio}"
+
+
+def tried_name(mix, ratio):
+    """SLM on both texts with this share of clean text, this share of the corpus kept."""
+    return f"try-{KEPT_CELL[0]}-mix{mix}-ratio{ratio}"
 
 
 def new_rate_name(arm):

@@ -134,6 +134,30 @@ REAL_LEARNING_RATES = ["5e-4", "1e-3", "2e-3", "4e-3"]
 REAL_LEARNING_RATE = "2e-3"  # the best of them for CLM
 TASKS = ["singleop", "addsub"]  # of MAWPS: the easiest word problems there are
 
+
+class Started(NamedTuple):
+    """An arm that starts from the reference: how it is called, its flags, the rates tried."""
+
+    label: str
+    flags: str
+    rates: list
+
+
+# The share kept is that of the better SLM of the table `real`, and that of the target text.
+STARTED = {
+    "clm": Started("CLM, started from the model", "--stage clm", ["5e-4", "2.5e-4", "1.25e-4"]),
+    "slm": Started(
+        "SLM, started from the model, 30 % kept",
+        "--stage slm --ratio 0.3 --reference REF",
+        ["5e-4", "2.5e-4", "1.25e-4"],
+    ),
+    "slm-10": Started(
+        "SLM, started from the model, 10 % kept",
+        "--stage slm --ratio 0.1 --reference REF",
+        ["2.5e-4", "1.25e-4"],
+    ),
+}
+
 # GSM8K's training problems: 500 are held out, the rest is split in halves. Other text is thinned
 # out. $PACK is a folder of public text under open licenses, which is not in this repository.
 REAL_TEXT = r"""
@@ -344,10 +368,33 @@ def real_commands():
                 reference = "--ratio 0.7 --reference out/real/seed2/clm.pt"
                 arms[f"self-{rule}"] = f"{slm} {reference} --select {rule}"
         for name, flags in arms.items():
-            ask = f"python eval_math.py --ckpt out/real/seed{seed}/{name}.pt --shots 0"
-            ask += " --max_new_tokens 128 --task data/src"
-            questions = [f"{ask}/{task}.jsonl" for task in TASKS]
-            yield " && ".join([real_rho(seed, name, flags), *questions])
+            yield " && ".join([real_rho(seed, name, flags), *real_questions(seed, name)])
+
+
+def real_questions(seed, name):
+    ask = f"python eval_math.py --ckpt out/real/seed{seed}/{name}.pt --shots 0"
+    ask += " --max_new_tokens 128 --task data/src"
+    return [f"{ask}/{task}.jsonl" for task in TASKS]
+
+
+def started_name(arm, rate):
+    return f"started-{arm}-lr{rate}"
+
+
+def started_run(arm, rate):
+    """Seed 1 of an arm that starts from its reference, in place of the base model."""
+    reference = "out/real/seed1/ref.pt"
+    flags = f"{STARTED[arm].flags} --lr {rate} --tokens 1200000 --evals 6 --eval_windows 352"
+    run = real_rho(1, started_name(arm, rate), flags.replace("REF", reference))
+    run = run.replace("--init out/real/base.pt", f"--init {reference}")
+    return " && ".join([run, *real_questions(1, started_name(arm, rate))])
+
+
+def real_model_commands():
+    """Only a model of clean text: the reference of `real-arms`."""
+    for arm, started in STARTED.items():
+        for rate in started.rates:
+            yield started_run(arm, rate)
 
 
 # {table: its commands}, in the order in which they must be started.
@@ -377,6 +424,7 @@ REAL = {
     "real-base": real_base_commands,
     "real-lr": real_lr_commands,
     "real-arms": real_commands,
+    "real-model": real_model_commands,
 }
 GROUPS = {"demo": DEMO, "real": REAL}
 

@@ -341,11 +341,16 @@ def real(folder):
         ref, clm, slm = (count_answers(run, task, part) for run in ("ref", "clm", "slm"))
         yield f"Right answers on {task}, all seeds together:"
         yield f"reference {ref[0]}, SLM {slm[0]}, CLM {clm[0]} of {clm[1]:,}"
-        yield f"(Fisher's exact test against CLM: reference p = {fisher_p(*ref, *clm):.3f},"
-        yield f"SLM p = {fisher_p(*slm, *clm):.2f})."
+        yield f"(Fisher's exact test against CLM: reference {p_value(ref, clm)},"
+        yield f"SLM {p_value(slm, clm)})."
     header = published("clm", part)[1][0]
     size = f"{header['params'] / 1e6:.1f} M parameters, {header['threads']} thread(s)"
     yield f"{size}, torch {header['torch']}."
+
+
+def p_value(counts, other_counts):
+    p = fisher_p(*counts, *other_counts)
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def real_lr(folder):

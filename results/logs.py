@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections import Counter
+from fnmatch import fnmatch
 from math import comb
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from controls import (  # noqa: E402
     CONTROL_CLM,
     CONTROL_SLM,
     CONTROLS,
+    KEPT_CELL,
+    KEPT_MIXES,
+    KEPT_RATIOS,
     MODEL_RATES,
     MODEL_RATIO,
     MODEL_RATIOS,
@@ -43,6 +47,7 @@ from controls import (  # noqa: E402
     new_rate_name,
     ratio_name,
     trial_name,
+    tried_name,
     use_name,
 )
 from experiments import CLM_RUN, MAIN_RUNS, REAL_RUNS, SLM_RUN  # noqa: E402
@@ -93,6 +98,10 @@ for amount, tried in TRIED_MIX.items():
 BOTH = [use_name(*CLOSE_CELL, arm) for arm in ("mixed_clm", "mixed_slm")]
 CHEAP_TRIALS = [ratio_name(ratio) for ratio in TRIED_RATIOS]
 CHEAP_TRIALS += [new_rate_name(arm) for arm in BEGUN_ARMS]
+KEPT_RUNS = [use_name(*KEPT_CELL, "mixed_slm")]
+for mix in KEPT_MIXES:
+    KEPT_RUNS.append(use_name(*KEPT_CELL, "mixed_clm", mix))
+    KEPT_RUNS += [tried_name(mix, ratio) for ratio in KEPT_RATIOS]
 MODEL_RUNS = {arm: model_name(arm, rate) for arm, rate in MODEL_RATES.items()}
 MODEL_USE_RUNS = [run for arm, run in MODEL_RUNS.items() if arm in USES]
 MORE_RUNS = ["ref", *(kept_name(ratio) for ratio in (MODEL_RATIO, *MODEL_RATIOS))]
@@ -128,11 +137,13 @@ SOURCES = {
     "sft": ["runs/seed*/sft-*.jsonl"],
     "real": [*(f"real/seed*/{run}.jsonl" for run in REAL_RUNS), "real/answers.json"],
     "real-lr": ["real/seed1/lr*.jsonl"],
+    "real-model": ["real/seed1/ref.jsonl", "real/seed1/started-*.jsonl", "real/answers.json"],
     "uses": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean": [f"runs/seed*/{run}.jsonl" for run in DEMO_USES],
     "clean-map": MAP_LOGS,
     "clean-shares": [f"runs/seed1/{run}.jsonl" for run in MIX_TRIALS],
     "clean-cheap": [f"runs/seed*/{run}.jsonl" for run in (*BOTH, *CHEAP_TRIALS)],
+    "clean-kept": [f"runs/seed1/{run}.jsonl" for run in KEPT_RUNS],
     "clean-dirtier": ["runs/seed1/dirty-*.jsonl"],
     "model": [f"runs/seed*/{run}.jsonl" for run in ("ref", *MODEL_USE_RUNS)],
     "clean-model": [f"runs/seed*/{run}.jsonl" for run in ("ref", *MODEL_RUNS.values())],
@@ -293,12 +304,12 @@ def main_pairs(part="runs"):
     return found
 
 
-def count_answers(run, task, part="real"):
-    """(right, asked) of a task's questions, over all seeds together."""
+def count_answers(run, task, part="real", seeds="*"):
+    """(right, asked) of a task's questions, over all seeds together or those named."""
     answers = json.loads((HERE / part / "answers.json").read_text())
     right = asked = 0
     for name, (seed_right, seed_asked) in answers.items():
-        if name.split("/")[1] == f"{run}.{task}":
+        if fnmatch(name, f"seed{seeds}/{run}.{task}"):
             right += seed_right
             asked += seed_asked
     return right, asked
@@ -422,6 +433,11 @@ def collect(out, data, results=HERE):
         answers[name] = [sum(record["correct"] for record in records), len(records)]
     if answers:
         (results / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+
+    if (
+        data / "real" / "meta.json"
+    ).exists():  # it says what was checked, and which files were used
+        copy_logs([data / "real" / "meta.json"], data, results)
 
     if (out / "seed1" / "dynamics-slm.jsonl").exists():
         np.savez_compressed(results / "runs/seed1/losses.npz", **read_losses(out / "seed1"))

@@ -32,6 +32,7 @@ from control_tables import (  # noqa: E402
     clean_table,
     control_table,
     dirtier_table,
+    kept_table,
     model_more_table,
     model_rates_table,
     model_summary,
@@ -53,9 +54,11 @@ from experiments import (  # noqa: E402
     REFERENCES,
     RUNS,
     SLM_RUN,
+    STARTED,
     TASKS,
     dirt_runs,
     logs_made,
+    started_name,
 )
 from factors import factor_table  # noqa: E402
 from findings import FINDINGS, summary  # noqa: E402
@@ -289,6 +292,28 @@ def real_table(folder):
         yield row
 
 
+def real_model_table(folder):
+    """CLM and SLM that start from the reference, at each rate tried, seed 1."""
+    part = folder / "real"
+    losses = ["target loss", "minus the model's", "corpus loss"]
+    yield ["use", "rate", *losses, *(f"{task} right" for task in TASKS)]
+    runs = {"ref": ("(the model itself)", "")}
+    for arm, started in STARTED.items():
+        for rate in started.rates:
+            runs[started_name(arm, rate)] = (started.label, rate)
+    model_loss = published("ref", part)[1][-1]["val_loss"]
+    for run, (label, rate) in runs.items():
+        end = published(run, part)[1][-1]
+        difference = ""
+        if run != "ref":
+            difference = f"{end['val_loss'] - model_loss:+.3f}"
+        row = [label, rate, f"{end['val_loss']:.3f}", difference, f"{end['val_corpus_loss']:.3f}"]
+        for task in TASKS:
+            right, asked = count_answers(run, task, part, seeds=1)
+            row.append(f"{right} of {asked}")
+        yield row
+
+
 def hours_table(folder):
     """What each experiment took, training and answering, from its logs."""
     yield ["experiment", "runs", "core-hours"]
@@ -319,11 +344,13 @@ TABLES = {
     "sft": sft_table,
     "real": real_table,
     "real-lr": real_lr_table,
+    "real-model": real_model_table,
     "uses": uses_table,
     "clean": clean_table,
     "clean-map": clean_map,
     "clean-shares": shares_table,
     "clean-cheap": cheap_table,
+    "clean-kept": kept_table,
     "clean-dirtier": dirtier_table,
     "model": model_summary,
     "clean-model": model_table,
@@ -368,7 +395,7 @@ def fill(text, folder=HERE):
         marker = found[1]
         return f"<!-- {marker} -->\n{content(marker, folder)}\n<!-- /{marker} -->"
 
-    return re.sub(r"<!-- (\S+) -->\n.*?\n<!-- /\1 -->", section, text, flags=re.S)
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- /\1 -->", section, text, flags=re.S)
 
 
 def show(folder):

@@ -60,11 +60,11 @@ def section(marker):
 def test_published_values_checked_by_hand():
     """Values read off the logs by people. A table of something else would not hold them."""
     real = {label: row[3].split()[0] for label, row in section("real").items()}
-    assert real["reference (clean text only)"] == "2.860"
-    assert real["CLM: all tokens"] == "3.515"
-    assert real["SLM: selected tokens"] == "3.337"
-    assert real["SLM, 30 % selected"] == "3.317"
-    assert float(real["random tokens"]) == pytest.approx(3.650, abs=0.0011)
+    assert real["reference (clean text only)"] == "2.896"
+    assert real["CLM: all tokens"] == "3.528"
+    assert real["SLM: selected tokens"] == "3.360"
+    assert real["SLM, 30 % selected"] == "3.345"
+    assert float(real["random tokens"]) == pytest.approx(3.669, abs=0.0011)
     arms = {label: row[-1] for label, row in section("arms").items()}
     assert arms["CLM: all tokens"] == "33.8 ± 4.9"
     assert arms["SLM: selected tokens"] == "64.5 ± 5.0"
@@ -134,12 +134,14 @@ HEADERS = {
     "lr": "tokens | learning rate | CLM's target loss | corpus loss | answers right, %",
     "sft": "fine-tuned on | seeds | target loss | answers right, % | points over plain",
     "real": "arm | seeds | tokens seen | trained on | target loss | corpus loss | singleop right",
+    "real-model": "use | rate | target loss | minus the model's | corpus loss | singleop",
     "real-lr": "tokens | learning rate | CLM's target loss | corpus loss",
     "uses": "you have | you train | target loss | answers right, %",
     "clean": "use | tokens of its own | in all | seeds | target loss | answers right, %",
     "clean-map": "use | 1 x, reference 1/3 | 1 x, reference 1/10 | 0.3 x, reference 1/3",
     "clean-shares": "clean text | 5 % of the mixture | 15 % of the mixture",
     "clean-cheap": "use | seeds | target loss | answers right, % | points over CLM on corpus and",
+    "clean-kept": "use | clean share of the mixture | of the corpus kept | target loss | right",
     "clean-dirtier": "use | clean share of the mixture | in all | target loss | answers right, %",
     "clean-model": "use | tokens of its own | in all | seeds | target loss | answers right, % | po",
     "clean-model-more": "use | tokens of its own | in all | seeds | target loss | answers right,",
@@ -708,12 +710,21 @@ def test_own_runs_are_shown_and_nothing_is_published(tmp_path, capsys):
 
 def test_collect_copies_logs_and_counts_answers(tmp_path):
     out, data, results = (tmp_path / name for name in ("out", "data", "results"))
-    for folder in ("out/seed1", "out/real/seed2", "data/demo", "results/runs", "results/real"):
+    folders = (
+        "out/seed1",
+        "out/real/seed2",
+        "data/demo",
+        "data/real",
+        "results/runs",
+        "results/real",
+    )
+    for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     (out / "seed1" / "slm.jsonl").write_text("{}")
     (out / "real" / "seed2" / "clm.jsonl").write_text("{}")
     answers = '{"correct": true}\n{"correct": false}\n{"correct": true}\n'
     (out / "real" / "seed2" / "clm.addsub.answers.jsonl").write_text(answers)
+    (data / "real" / "meta.json").write_text("{}")
     np.savez(data / "demo" / "kinds.npz", train=np.array([0, 0, 0, 5]))
     (results / "runs" / "shares.json").write_text('{"other": 0.5}')
     logs.collect(out, data, results)
@@ -723,3 +734,4 @@ def test_collect_copies_logs_and_counts_answers(tmp_path):
     assert counted == {"seed2/clm.addsub": [2, 3]}
     shares = json.loads((results / "runs" / "shares.json").read_text())
     assert shares == {"other": 0.5, "demo": 0.75}
+    assert (results / "real" / "meta.json").exists()
