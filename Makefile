@@ -13,7 +13,7 @@ demo: .venv/demo
 test: .venv/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 # Every published run again, two single-threaded ones at a time: hours. An interrupted one resumes.
 results: .venv/demo
