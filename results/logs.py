@@ -434,10 +434,10 @@ def collect(out, data, results=HERE):
     if answers:
         (results / "real" / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
 
-    if (
-        data / "real" / "meta.json"
-    ).exists():  # it says what was checked, and which files were used
-        copy_logs([data / "real" / "meta.json"], data, results)
+    # What was checked of the real text, and which files it was made from.
+    real_meta = data / "real" / "meta.json"
+    if real_meta.exists():
+        copy_logs([real_meta], data, results)
 
     if (out / "seed1" / "dynamics-slm.jsonl").exists():
         np.savez_compressed(results / "runs/seed1/losses.npz", **read_losses(out / "seed1"))
