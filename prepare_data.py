@@ -1,25 +1,25 @@
 """Text goes in, token files come out: data/<name>/{ref,train,val,val_corpus}.bin and meta.json
 
 ref: clean text, the target. train: the noisy corpus. val: target text held out of ref.
-val_corpus: held out of train. With --sft also sft.bin, and sft_mask.bin (1: part of an answer).
-Each is one stream of uint16 or uint32, with end-of-text before each document.
+val_corpus: held out of train. mixed (--mix): the corpus with documents of ref between its own.
+sft (--sft): questions with answers; sft_mask.bin is 1 where a token belongs to an answer.
+Each is one stream of uint16 or uint32: documents, with end-of-text in front of each.
 
   python prepare_data.py                        the embedded default, data/demo; needs no network
   python prepare_data.py --reference good.jsonl --corpus pages/ more.parquet --out data/mine
   python prepare_data.py --reference qa.jsonl::query,response --corpus web.jsonl:2 wiki.txt
   python prepare_data.py --recipe math --max_tokens 1e9      the paper's sets, streamed from the hub
-  python prepare_data.py --train_tokenizer 4096 --out data/bpe good.jsonl      a small tokenizer
 
-A PATH is a file or a folder: .jsonl .ndjson .json .csv .txt .md (also .gz .xz .zst), .parquet,
-.arrow. A .txt or .md is cut into documents of 64 kB, or at --separator. All files are read in
-step, in proportion to their size; PATH:2 is read twice as fast. PATH::FIELD says which field holds
-the text, PATH::QUESTION,ANSWER or PATH::INSTRUCTION,INPUT,OUTPUT which ones make a document; both
-together are PATH::FIELD:2. A field may also hold a chat.
+A PATH is a file or a folder: .jsonl .ndjson .json .csv .txt .md (also .gz .xz .zst) and .parquet.
+A .txt or .md is cut into documents of at most 64 kB. All files are read in step, in proportion to
+their size; PATH:2 is read twice as fast. A row's text is its field "text"; PATH::FIELD names
+another, which may hold a chat, PATH::QUESTION,ANSWER or PATH::INSTRUCTION,INPUT,OUTPUT those that
+make a document, PATH::FIELDS:2 both. --questions and --sft also find the fields of the usual sets.
+Documents that share 13 words in a row with a question are left out of all text.
 """
 
 import base64
 import csv
-import gzip
 import hashlib
 import heapq
 import io
@@ -29,52 +29,41 @@ import math
 import os
 import random
 import re
-import shutil
-import signal
+import string
 import sys
+import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import regex  # comes with tiktoken
 import tiktoken
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # on Microsoft Windows: there two runs that write one folder are not noticed
-    fcntl = None
-
-TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")  # these may be packed
-TABLE_ENDINGS = (".parquet", ".arrow")
-PACKED = {".gz": "gzip", ".xz": "xz", ".zst": "zstandard"}
-PIECE = 1 << 16  # characters: a document of a .txt, at most
-BATCH = 1 << 20  # characters that are in memory at a time, if no document is longer
+ENDING = re.compile(
+    r"(\.jsonl|\.ndjson|\.json|\.csv|\.txt|\.md|\.parquet)(\.gz|\.xz|\.zst)?$", re.I
+)
+# How files begin that are often found under another name.
+MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
+MAGIC["git-LFS pointer"] = b"version https://git-lfs"
 LANES = 64  # files of one source that are open at a time
+BLOCK = 1 << 18  # characters that are read at a time
+PIECE = 1 << 16  # characters of a .txt that make one document, at most
+BATCH = 1 << 20  # characters that are tokenized at a time
+NGRAM = 13  # words in a row that a document must not share with a question
 VAL_CORPUS = 200  # documents of the corpus that are held out, at most
-NGRAM = 13  # words in a row that make a document contaminated if a question has them too
-SHORTEST = 8  # words; a question of fewer is not looked for: every page would have it
-QUESTIONS = ("question", "problem", "query", "instruction", "input")  # fields, by preference
-ANSWERS = ("answer", "solution", "response", "output", "target")
-CHATS = ("messages", "conversations")
-ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --sft learns from
-STREAMS = ("ref", "train", "val", "val_corpus")
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # they belong to a tokenizer.json
-WRITTEN = ("meta.json", "kinds.npz", "questions.jsonl", "tokenizer.json", *BESIDE)
-WRITTEN += ("sft_mask.bin", "sft.bin", *[f"{name}.bin" for name in STREAMS])
-REMEDY = "Run: python prepare_data.py"
-# skipped, empty and contaminated documents are dropped, and copies of held-out ones (duplicates).
-# replaced: characters that were no UTF-8. hidden, ignored: files of a folder that are passed over.
-COUNTED = ("rows", "documents", "tokens", "skipped", "empty", "contaminated", "duplicates")
-COUNTED += ("replaced", "hidden", "ignored")
+SPLITS = ("ref", "train", "val", "val_corpus")
+WRITTEN = {"meta.json", "kinds.npz", "questions.jsonl", "mixed.bin", "sft.bin", "sft_mask.bin"}
+WRITTEN |= {f"{split}.bin" for split in SPLITS}
+ROLES = ("reference", "corpus", "val", "questions", "sft")
 RECIPES = """
-recipe        role       weight name                       split  fields
 math          reference  6    meta-math/MetaMathQA         train  query,response
 math          reference  4    TIGER-Lab/MathInstruct       train  instruction,output
 math          reference  0.1  openai/gsm8k:main            train  question,answer
@@ -84,95 +73,88 @@ general       corpus     6    cerebras/SlimPajama-627B     train  text
 general       corpus     3    bigcode/starcoderdata        train  content
 math,general  corpus     1    open-web-math/open-web-math  train  text
 math,general  questions  1    openai/gsm8k:main            test   question,answer
-"""  # all on the hub; weight: share of what is read in that role
+"""  # recipe, role, weight (share of what is read in that role), set on the hub, split, fields
+# What --questions and --sft look for: the first of these of which a row has all fields.
+USUAL = "question,answer problem,solution query,response Body,Question,Answer input,target "
+USUAL += "instruction,input,output instruction,output messages conversations question problem"
+ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --sft learns from
 
 
-# ---- From the flags to the folder ----
+# ==== From the flags to the folder ================================================================
 
 
 def prepare_text(args, sources, command):
-    """Tokenize the sources into the folder args.out. InputError if one is bad or too short."""
-    spec = tokenizer_spec(args.tokenizer)
-    encoding = get_tokenizer(spec)
-    dtype = "uint16" if encoding.n_vocab <= 1 << 16 else "uint32"
-    report = {"ngram": NGRAM, "dropped": not args.keep_contaminated, "found": 0, "documents": []}
-    meta = {"command": command, "tokenizer": spec, "dtype": dtype, "seed": args.seed}
-    meta.update(tokens={}, documents={}, contamination=report)
+    """Tokenize the sources {role: [Source, ...]} into the folder args.out."""
     with new_folder(args.out) as work:
-        try_sources(sources, args)
-        questions = read_questions(sources, args)
+        # What is wrong with a file should show now, and not after an hour.
+        for source in chain(*sources.values()):
+            for file in source.files:
+                next(read_role([source.again(files=[file])], args), None)
+        spec = make_spec(args, sources)
+        tokenizer = get_tokenizer(spec)
+        meta = new_meta(spec, args.seed, command)
+        questions = {}
+        for document in read_role(sources["questions"], args):
+            (question, _), (answer, _) = document.parts
+            questions[question] = answer
         write_questions(work, questions)
-        report["questions"] = len(questions)
-        index = QuestionIndex(questions)
+        grams = question_grams(questions)
 
-        # Held-out target text is known before the rest, so that the rest can leave it out. A
-        # --val of its own is not searched for questions, since it may consist of them.
-        val = {}
-        for document in read_role(sources, "val", args):
-            val.setdefault(fingerprint(document.text), document)
-        n_val = 0 if args.val else args.val_docs
-        reference = clean(read_role(sources, "reference", args), index, report)
-        reference = hold_out(reference, val, n_val, args.seed)
-        write_split(work, "ref", reference, encoding, meta)
-        write_split(work, "val", val.values(), encoding, meta)
-        check_enough(sources, "reference", ("ref", "val"), meta)
+        def clean(role):
+            return without_questions(read_role(sources[role], args), grams)
 
-        val_corpus = {}
-        corpus = clean(read_role(sources, "corpus", args), index, report)
-        counts = total_counts(sources, "reference")
-        limit = (args.max_tokens or math.inf) * counts["characters"] / counts["tokens"]
-        corpus = hold_out(corpus, val_corpus, VAL_CORPUS, args.seed, val, limit)
-        write_split(work, "train", corpus, encoding, meta, args.max_tokens)
-        write_split(work, "val_corpus", val_corpus.values(), encoding, meta)
-        check_enough(sources, "corpus", ("train", "val_corpus"), meta)
+        def write(split, documents, max_tokens=math.inf):
+            write_split(work, split, tokenize(documents, tokenizer, meta, max_tokens), meta)
+            if meta["tokens"][split] < 100:
+                read = "; ".join(map(str, chain(*sources.values())))
+                sys.exit(f"too little text for {split}.bin: {read}")
 
+        # A --val of its own is not searched for questions, since it may consist of them.
+        val = list(read_role(sources["val"], args))
+        held = HeldOut(0 if args.val else args.val_docs, f"{args.seed} ref", val)
+        write("ref", held.rest(clean("reference")))
+        val = val or [*held.documents.values()]
+        write("val", val)
+        # What is held out as target text must not be in the corpus either.
+        held = HeldOut(VAL_CORPUS, f"{args.seed} train", val)
+        write("train", held.rest(clean("corpus")), args.max_tokens)
+        write("val_corpus", held.documents.values())
+        if args.mix:
+            write_split(work, "mixed", mixed_documents(work, meta, args.mix), meta)
         if args.sft:
-            pairs = clean(read_role(sources, "sft", args), index, report)
-            pairs = hold_out(pairs, {}, 0, args.seed, avoid=val)
-            write_answers(work, pairs, encoding, meta)
-            check_enough(sources, "sft", ("sft",), meta)
-        copy_tokenizer(work, spec)
-        meta["sources"] = [source.report() for source in sources]
+            write_answers(work, HeldOut(0, "", val).rest(clean("sft")), tokenizer, meta)
+        meta["sources"] = [vars(source) for source in chain(*sources.values())]
+        found = sum(source["counts"]["contaminated"] for source in meta["sources"])
+        meta["contamination"] = {"ngram": NGRAM, "questions": len(questions), "documents": found}
         publish(work, args.out, meta)
 
 
-def read_questions(sources, args):
-    """{question: answer} of --questions."""
-    questions = {}
-    for document in read_role(sources, "questions", args):
-        prompt, *answer = [text for text, _ in document.segments]
-        question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-        questions[question] = answer[0].strip() if answer else ""
-    return questions
+def make_spec(args, sources):
+    """--tokenizer -> the spec of one that exists, or of a new one for this text."""
+    if not args.tokenizer.isdigit():
+        return tokenizer_spec(args.tokenizer)
+    texts = []
+    for role in ("reference", "corpus"):
+        documents = read_role([source.again() for source in sources[role]], args)
+        texts += [document.text for document in islice(documents, 1000)]
+    return train_tokenizer(int(args.tokenizer), texts)
 
 
-def check_enough(sources, role, splits, meta):
-    """InputError if one of these splits has too little text; it says what became of the rows."""
-    for split in splits:
-        if split == "val" and of_role(sources, "val"):
-            role = "val"
-        counts = total_counts(sources, role)
-        lost = [key for key in ("contaminated", "skipped", "duplicates", "empty") if counts[key]]
-        rows = ", ".join(f"{counts[key]:,} {key}" for key in ["rows", *lost])
-        if meta["tokens"][split] < 100:
-            remedy = (
-                "--keep_contaminated keeps those" if "contaminated" in lost else "give more text"
-            )
-            raise InputError(f"--{role}: too little text for {split}.bin: {rows}; {remedy}")
+def new_meta(spec, seed, command):
+    """meta.json before anything is written."""
+    dtype = "uint16" if spec["n_vocab"] <= 1 << 16 else "uint32"
+    meta = {"command": command, "seed": seed, "tokenizer": spec, "dtype": dtype}
+    return {**meta, "tokens": {}, "documents": {}, "sources": [], "contamination": {}}
 
 
-def preview(sources, args):
-    """--dry_run: each source with its files and its first document; nothing is written."""
-    encoding = get_tokenizer(tokenizer_spec(args.tokenizer))
-    for source, document in zip(sources, try_sources(sources, args), strict=True):
-        passed = f"{source.counts['hidden']} hidden, {source.counts['ignored']} ignored"
-        size = sum(file.stat().st_size for file in source.files)
-        print(f"{source.role} {source.name}: {len(source.files)} files, {size:,} bytes, {passed}")
-        tokens = len(encoding.encode_ordinary(document.text))
-        print(f"  {document.place}, {tokens:,} tokens: {document.text[:300]!r}")
+def write_questions(work, questions):
+    """questions.jsonl of {question: answer}, if there are any."""
+    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions.items()]
+    if lines:
+        Path(work, "questions.jsonl").write_text("".join(lines))
 
 
-# ---- Which files: --reference, --corpus, ... -> sources ----
+# ==== Which files: --reference, --corpus, ... -> sources ==========================================
 
 
 @dataclass
@@ -181,256 +163,166 @@ class Source:
 
     role: str
     name: str
-    fields: str = "text"
+    fields: str = ""
     weight: float = 1.0
     split: str = ""  # of a set on the hub; otherwise there are files
     files: list = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-    digest: object = field(default_factory=hashlib.sha256)  # of all texts, one after another
+    counts: Counter = field(default_factory=lambda: Counter(rows=0, documents=0, tokens=0))
 
-    def report(self):
-        """What meta.json says of it."""
-        about = {"role": self.role, "name": self.name, "fields": self.fields}
-        about.update(weight=self.weight, files=[str(path) for path in self.files])
-        counts = {key: self.counts[key] for key in COUNTED}
-        return {**about, **counts, "sha256": self.digest.hexdigest()}
+    def __str__(self):
+        counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
+        return f"{self.role} {self.name}: {counts}"
 
-
-def of_role(sources, role):
-    return [source for source in sources if source.role == role]
-
-
-def total_counts(sources, role):
-    return sum((source.counts for source in of_role(sources, role)), Counter())
+    def again(self, **changes):
+        """To be read without being counted."""
+        return replace(self, counts=Counter(), **changes)
 
 
 def find_sources(args):
-    """The flags -> [Source, ...]. InputError if a path holds no text, or one file comes twice."""
-    sources = []
+    """The flags -> {role: [Source, ...]}. Exits if there is no text, or one file comes twice."""
+    sources = {role: [] for role in ROLES}
     for line in RECIPES.strip().splitlines():
-        recipe, role, weight, name, split, fields = line.split()
-        if args.recipe in recipe.split(","):
-            sources.append(Source(role, name, fields, float(weight), split))
-    for role in ("reference", "corpus", "val", "questions", "sft", "files"):
+        recipes, role, weight, name, split, fields = line.split()
+        if args.recipe in recipes.split(","):
+            sources[role].append(Source(role, name, fields, float(weight), split))
+    for role in ROLES:
         seen = {}
         for argument in getattr(args, role):
-            usual = "" if role in ("questions", "sft") else args.field
-            path, fields, weight = split_argument(argument, usual)
-            source = Source(role, str(path), fields, weight)
-            source.files = find_files(path, source.counts)
-            if not source.files:
-                why = "no text there" if path.exists() else "not found"
-                known = " ".join([*TEXT_ENDINGS, *TABLE_ENDINGS, *PACKED])
-                raise InputError(f"--{role} {path}: {why}. Endings that are read: {known}")
-            check_files_once(source, seen, args.out)
-            sources.append(source)
+            source = find_source(role, argument)
+            sources[role].append(source)
+            for file in source.files:
+                real = os.path.realpath(file)
+                unpacked = ENDING.sub(r"\1", real)  # beside a.jsonl, a.jsonl.gz is its copy
+                if unpacked in seen:
+                    sys.exit(f"--{role} {file} is the same text as {seen[unpacked]}: leave one out")
+                seen[unpacked] = file
+                folder, name = os.path.split(real)
+                if name in WRITTEN and folder == os.path.realpath(args.out):
+                    sys.exit(f"--{role} {file} would be overwritten: choose another --out")
     return sources
 
 
-def split_argument(argument, fields):
-    """PATH, PATH::FIELDS, PATH:WEIGHT, PATH::FIELDS:WEIGHT -> (path, fields, weight).
-
-    Names may have colons (C:/a.jsonl, a::b.jsonl): what exists under its whole name is that.
-    """
+def find_source(role, argument):
+    """PATH, PATH::FIELDS, PATH:WEIGHT or PATH::FIELDS:WEIGHT -> Source."""
     path = os.path.expanduser(argument)
-    weight = 1.0
-    has_weight = re.fullmatch(r"(.+):(-?[0-9]*\.?[0-9]+|nan|inf)", path, re.DOTALL)
-    if has_weight and not os.path.exists(path):
-        path = has_weight[1]
-        weight = float(has_weight[2])
+    fields = ""
+    weight = "1"
+    # Names may have colons: what exists under its whole name is that.
+    if re.search(r":\d*\.?\d+$", path) and not os.path.exists(path):
+        path, weight = path.rsplit(":", 1)
     if "::" in path and not os.path.exists(path):
-        path, _, fields = path.rpartition("::")
-    if not 0 < weight < 1e9:
-        raise InputError(f"{argument}: a weight is a number above 0")
-    if fields and (fields.count(",") > 2 or "" in fields.split(",")):
-        forms = "FIELD, QUESTION,ANSWER or INSTRUCTION,INPUT,OUTPUT"
-        raise InputError(f"{argument}: fields are {forms}, not {fields}")
-    return Path(path), fields, weight
+        path, fields = path.rsplit("::", 1)
+    source = Source(role, path, fields, float(weight))
+    if source.weight == 0 or fields.count(",") > 2:
+        sys.exit(f"{argument}: a weight is above 0, and there are at most three FIELDS")
+    is_folder = os.path.isdir(path)
+    for file in sorted(Path(path).rglob("*")) if is_folder else [Path(path)]:
+        hidden = is_folder and re.search(r"/\.|readme\.md$", f"/{file.relative_to(path)}", re.I)
+        if file.is_file() and ENDING.search(file.name) and not hidden:
+            source.files.append(file)
+        elif file.is_file():
+            source.counts["files passed over"] += 1
+    if not source.files:
+        why = "no text there" if os.path.exists(path) else "not found"
+        sys.exit(f"--{role} {path}: {why}. Endings that are read: {ENDING.pattern}")
+    return source
 
 
-def ending(path):
-    """How a file is read and packed: (".jsonl", ".gz") of b.JSONL.gz, ("", "") if it is not."""
-    name = Path(path.name.lower())
-    if name.suffix in TABLE_ENDINGS or name.suffix in TEXT_ENDINGS:
-        return name.suffix, ""
-    kind = Path(name.stem).suffix
-    if name.suffix in PACKED and kind in TEXT_ENDINGS:
-        return kind, name.suffix
-    return "", ""
-
-
-def find_files(path, counts):
-    """The files of a PATH that can be read, sorted. The others in a folder are counted."""
-    if not path.is_dir():
-        return [path] if path.exists() and ending(path)[0] else []
-    about = ("readme.md", "dataset_info.json", "dataset_dict.json", "state.json")
-    found = []
-    for file in sorted(path.rglob("*")):
-        if not file.is_file():
-            continue
-        if any(part.startswith(".") for part in file.relative_to(path).parts):
-            counts["hidden"] += 1
-        elif ending(file)[0] and file.name.lower() not in about:
-            found.append(file)
-        else:
-            counts["ignored"] += 1
-    return found
-
-
-def check_files_once(source, seen, out):
-    """InputError for a file that comes twice, packed or not, and for one that --out overwrites."""
-    for file in source.files:
-        real = os.path.realpath(file)
-        unpacked = re.sub(r"\.(gz|xz|zst)$", "", real, flags=re.IGNORECASE)
-        where = f"--{source.role} {source.name}: {file}"
-        if unpacked in seen:
-            raise InputError(f"{where} is the same text as {seen[unpacked]}: leave one out")
-        seen[unpacked] = file
-        if os.path.dirname(real) == os.path.realpath(out) and file.name in WRITTEN:
-            raise InputError(f"{where} would be overwritten: choose another --out")
-
-
-# ---- Reading: a role -> files in step -> rows -> documents ----
+# ==== Reading: a role -> files in step -> rows -> documents =======================================
 
 
 @dataclass
 class Document:
     text: str
-    source: Source = field(default_factory=lambda: Source("", ""))
-    place: str = ""  # file:row
-    segments: list = field(default_factory=list)  # [(text, whether it is an answer), ...]
-    progress: float = 0.0  # of its file, then of its role; documents are merged by it
-    question: str = ""  # of --questions, that is found in it
-    continued: bool = False  # a later part of a long one
+    parts: list  # [(text, whether it is an answer), ...], together the text
+    source: Source
 
 
-def read_role(sources, role, args):
-    """All Documents of a role, its files read in step: a prefix of them is a fair sample."""
-    lanes = []
-    for source in of_role(sources, role):
-        files = source.files or [Path(source.name)]
-        for i in range(min(LANES, len(files))):
-            lanes.append(read_lane(source, files[i::LANES], args))
-    slowest = min([source.weight for source in of_role(sources, role)], default=1)
-    for document in heapq.merge(*lanes, key=lambda document: document.progress):
-        source = document.source
-        # From here on it goes from 0 to 1, or is 0 where it is not known.
-        document.progress = 0 if source.split else document.progress * slowest
-        source.counts["characters"] += len(document.text)
-        for block in blocks_of(document.text):
-            source.digest.update(block.encode())
-        if document.text.strip():
-            yield document
+def read_role(sources, args):
+    """All Documents of some sources, read in step: a prefix of them is a fair sample."""
+    lanes = [read_hub(source) for source in sources if source.split]
+    for source in sources:
+        n = min(LANES, len(source.files))
+        lanes += [read_files(source, source.files[i::n]) for i in range(n)]
+    for _, source, place, row in heapq.merge(*lanes, key=lambda item: item[0]):
+        source.counts["rows"] += 1
+        try:
+            parts = row_parts(row, source)
+        except ValueError as error:
+            if not args.skip_bad:
+                # What is wrong with the first row is mostly wrong with all.
+                remedy = "" if place.endswith(":1") else "; --skip_bad skips such rows"
+                sys.exit(f"{place}: {error}{remedy}")
+            source.counts["skipped"] += 1
+            continue
+        text = "".join(text for text, _ in parts)
+        if text.strip():
+            yield Document(text, parts, source)
         else:
             source.counts["empty"] += 1
 
 
-def read_lane(source, files, args):
-    """The Documents of some files, one after another, with progress from 0 to 1 / weight.
+def read_rows(path):
+    """Yield the rows of any file that is read here, as dicts. Exits if it or a row is bad."""
+    source = Source("file", str(path))
+    for _, _, place, row in read_files(source, [Path(path)]):
+        if not isinstance(row, dict):
+            sys.exit(f"{place}: {row if isinstance(row, ValueError) else 'no row with fields'}")
+        yield row
 
-    Of a set on the hub, whose size is not known, progress is characters / weight.
+
+def read_files(source, files):
+    """Yield (progress, source, place, row) of files, one after another.
+
+    progress: the share of all their bytes that has been used, divided by the source's weight.
     """
-    sizes = [1]
-    if not source.split:
-        sizes = [file.stat().st_size or 1 for file in files]
+    sizes = [file.stat().st_size for file in files]
     before = 0
     for file, size in zip(files, sizes, strict=True):
-        for document in read_file(file, source, args):
-            used = before + document.progress * size
-            document.progress = used / sum(sizes) / source.weight
-            yield document
+        remedy = "Damaged or cut short? Fetch it again"
+        if file.suffix == ".zst":
+            remedy = f"{remedy}. Too much memory? Unpack it: zstd -d --long=31"
+        with one_line(file, remedy):
+            for number, (used, row) in enumerate(open_rows(file, source), 1):
+                progress = (before + used * size) / sum(sizes) / source.weight
+                yield progress, source, f"{file}:{number}", row
         before += size
 
 
-def try_sources(sources, args):
-    """Open every file and read one row, before hours of work. -> the first Document of each."""
-    first = []
-    for source in sources:
-        trial = replace(source, counts=Counter())
-        documents = []
-        for file in source.files or [Path(source.name)]:
-            documents += islice(read_file(file, trial, args), 1)
-        first += documents[:1] or [Document("")]
-    return first
+def read_hub(source):
+    """The same of a set on the hub; its size is not known, so progress is characters / weight."""
+    with one_line(source.name, "No network? Give --reference PATH --corpus PATH"):
+        from datasets import load_dataset
+
+        columns = source.fields.split(",")
+        rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
+        characters = 0
+        for number, row in enumerate(rows, 1):
+            characters += sum(len(str(row.get(column))) for column in columns)
+            yield characters / source.weight, source, f"{source.name}:{number}", row
 
 
-def blocks_of(text):
-    """Slices of a text: what is done to a long one should not need a copy of all of it."""
-    for i in range(0, len(text), BATCH):
-        yield text[i : i + BATCH]
-
-
-def read_file(path, source, args):
-    """Yield the Documents of a file, or of a set on the hub, and count its rows.
-
-    InputError says where it is bad, and the remedy that helps there.
-    """
-    number = 0
-    try:
-        rows = hub_rows(source) if source.split else open_rows(path, source, args.separator)
-        for used, row in rows:
-            number += 1
-            place = f"{path}:{number}"
-            source.counts["rows"] += 1
-            try:
-                segments = row_segments(row, source.fields)
-                if source.role == "sft" and not any(is_answer for _, is_answer in segments):
-                    raise ValueError("--sft needs QUESTION,ANSWER or a chat")
-            except Exception as error:
-                if args.skip_bad:
-                    source.counts["skipped"] += 1
-                    continue
-                # A field that the first row lacks, all rows lack.
-                helps = number > 1 or not isinstance(error, InputError)
-                remedy = "; --skip_bad skips such rows" if helps else ""
-                raise InputError(f"{place}: {describe(error)}{remedy}") from error
-            # Half a character (a surrogate) is one that no tokenizer takes.
-            text = re.sub("[\ud800-\udfff]", "?", "".join(text for text, _ in segments))
-            yield Document(text, source, place, segments, used)
-    except InputError:
-        raise
-    except Exception as error:  # of gzip, xz, pyarrow, the file system: whatever it is, say where
-        remedy = "Damaged or cut short? Fetch or write it again"
-        if source.split:
-            remedy = "No network? Give --reference PATH --corpus PATH"
-        raise InputError(f"{path}: after row {number}: {describe(error)}. {remedy}") from error
-
-
-def describe(error):
-    """An exception in one line."""
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-
-
-def open_rows(path, source, separator):
-    """Yield (share of the file used, row): a dict, or a document as it is."""
-    kind, packed = ending(path)
-    check_beginning(path, PACKED.get(packed))
-    if kind in TABLE_ENDINGS:
-        yield from table_rows(path, kind, source.fields)
+def open_rows(path, source):
+    """Yield (share of the file used, row): a dict, text of a .txt, or a ValueError for a bad one."""
+    match = ENDING.search(path.name.lower())
+    kind, packed = match.groups() if match else (".jsonl", None)
+    with open(path, "rb") as file:
+        beginning = file.read(30)
+    for name, magic in MAGIC.items():
+        if beginning.startswith(magic) and name != packed:
+            sys.exit(f"{path} is a {name} under another name: unpack it, or git lfs pull")
+    if kind == ".parquet":
+        yield from parquet_rows(path, source.fields or "text")
         return
-    file = TextFile(path, source.counts)
+    file = TextFile(path, packed, source.counts)
+    rows = json_rows(file)
     if kind in (".txt", ".md"):
-        rows = pieces(file.lines(PIECE), separator)
+        rows = file.blocks(PIECE * 3 // 4, PIECE // 4)
     elif kind == ".csv":
-        csv.field_size_limit(1 << 31)
+        csv.field_size_limit(1 << 30)
         rows = csv.DictReader(file.lines(), strict=True)
-    else:
-        rows = json_rows(file)
     for row in rows:
         yield file.used, row
-
-
-def check_beginning(path, expected):
-    """InputError if the first bytes are those of another kind of file than the name says."""
-    with open(path, "rb") as file:
-        beginning = file.read(32)
-    magic = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-    magic[b"version https://git-lfs"] = "git-LFS"
-    for start, name in magic.items():
-        if beginning.startswith(start) and name != expected:
-            remedy = "git lfs pull" if name == "git-LFS" else "unpack it, or name it so"
-            raise InputError(f"{path} is a {name} file under another name: {remedy}")
 
 
 class SlowFile(io.FileIO):
@@ -441,307 +333,232 @@ class SlowFile(io.FileIO):
 
 
 class TextFile:
-    """A text file, unpacked, if it is UTF-8; `used` is the share of it that has been read."""
+    """A text file, unpacked; `used` is the share of it that has been read."""
 
-    def __init__(self, path, counts):
+    def __init__(self, path, packed, counts):
         self.path = path
+        self.packed = packed
         self.counts = counts
         self.used = 0.0
 
-    def lines(self, longest=sys.maxsize):
-        """Yield its lines, a longer one in parts."""
-        size = os.path.getsize(self.path)
-        end = 0.0
+    def blocks(self, size, longest=-1):
+        """Yield texts: `size` characters and on to the end of the line, by at most `longest`."""
         characters = 0
         replaced = 0
         with SlowFile(self.path) as raw:
-            unpacked = unpack(raw, ending(self.path)[1])
-            stream = io.TextIOWrapper(unpacked, "utf-8-sig", errors="replace")
-            while block := stream.read(4 * PIECE):
-                block += stream.readline(longest)
+            file = raw
+            if self.packed == ".xz":
+                file = lzma.open(raw)
+            elif self.packed:
+                codec = {".gz": "gzip", ".zst": "zstd"}[self.packed]
+                file = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace")
+            while block := text.read(size):
+                block += text.readline(longest)
                 characters += len(block)
                 replaced += block.count("\ufffd")
-                self.counts["replaced"] += block.count("\ufffd")
                 if "\0" in block or replaced > characters / 100:
-                    remedy = "if it is UTF-16 or Latin-1: iconv -f UTF-16 (or LATIN1) -t UTF-8"
-                    raise InputError(f"{self.path} is not UTF-8, or has NUL bytes; {remedy}")
-                # An archive is unpacked in large blocks: inside one, all text counts alike.
-                begin = end
-                end = raw.tell() / size
-                start = 0
-                while start < len(block):
-                    stop = block.find("\n", start, start + longest) + 1
-                    stop = stop or min(start + longest, len(block))
-                    self.used = begin + (end - begin) * stop / len(block)
-                    yield block[start:stop]
-                    start = stop
+                    sys.exit(f"{self.path} is not UTF-8: iconv -f UTF-16 (or LATIN1) -t UTF-8")
+                self.used = raw.tell() / os.path.getsize(self.path)
+                yield block
+        self.counts["characters replaced"] += replaced
 
-
-def unpack(raw, packed):
-    """The stream inside a file. One that is cut short raises when it is read."""
-    if packed == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if packed == ".xz":
-        return lzma.LZMAFile(raw)
-    if packed == ".zst":
-        import pyarrow  # comes with datasets; unlike others it refuses half a frame
-
-        stream = pyarrow.PythonFile(raw, mode="r")
-        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
-    return raw
-
-
-def pieces(lines, separator):
-    """The documents of a text file: up to each separator, or of at most 64 kB up to a line end."""
-    rest = ""
-    if not separator:
-        for line in lines:
-            if len(rest) + len(line) > PIECE:
-                yield rest
-                rest = ""
-            rest += line
-    # More each time, so that one long document is not searched again and again.
-    while more := "".join(islice(lines, 100 + len(rest) // 100)):
-        *documents, rest = (rest + more).split(separator)
-        yield from documents
-    yield rest
+    def lines(self):
+        begin = 0.0
+        for block in self.blocks(BLOCK):
+            # An archive is unpacked in large blocks: inside one, all text counts alike.
+            end = self.used
+            done = 0
+            for line in io.StringIO(block):
+                done += len(line)
+                self.used = begin + (end - begin) * done / len(block)
+                yield line
+            begin = end
 
 
 def json_rows(file):
-    """What each line holds. Of one that is no JSON the error: that row is bad, the rest may do."""
+    """The rows of JSON lines, or of one JSON array or object, which is read whole."""
     lines = file.lines()
     for number, line in enumerate(lines):
-        if number == 0 and line.startswith("["):
-            if ending(file.path)[0] != ".json":
-                raise InputError(f"{file.path} is a JSON array, not lines: name the file .json")
-            rows = json.loads(line + "".join(lines))  # the only text that is read whole
-            for i, row in enumerate(rows, 1):
+        if number == 0 and (line[0] == "[" or line == "{\n"):
+            value = json.loads(line + "".join(lines))
+            rows = value if isinstance(value, list) else [value]
+            for i, row in enumerate(rows):
                 file.used = i / len(rows)
                 yield row
-            return
-        try:
-            yield json.loads(line) if line.strip() else ""
-        except (ValueError, RecursionError) as error:
-            yield error
+        elif line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                # Not raised, for then this generator would yield no more.
+                yield ValueError(f"not JSON: {error}")
 
 
-def table_rows(path, kind, fields):
-    """The same of a .parquet or .arrow, of which only the columns with text are read."""
-    import pyarrow.parquet
-
-    if kind == ".parquet":
-        table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
-        names = table.schema_arrow.names
-        total = table.metadata.num_rows
-    else:
-        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
-        names = table.column_names
-        total = table.num_rows
-    columns = [name for name in names if not fields or name in fields.split(",")]
-    if total and not columns:
-        raise InputError(f"{path}: {missing_field(fields, names)}")
-    # In small steps: a row may be long.
-    if kind == ".parquet":
-        batches = table.iter_batches(batch_size=16, columns=columns)
-    else:
-        batches = table.select(columns).to_batches(max_chunksize=16)
+def parquet_rows(path, fields):
+    """Yield (share, row) of a parquet file, of which only the columns with text are read."""
+    table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+    columns = fields.split(",")
+    if not set(columns) <= set(table.schema_arrow.names):
+        columns = None  # all, so that the message can name those that are there
     done = 0
-    for batch in batches:
+    for batch in table.iter_batches(16, columns=columns):  # few at a time: a row may be long
         for row in batch.to_pylist():
             done += 1
-            yield done / total, row
+            yield done / table.metadata.num_rows, row
 
 
-def hub_rows(source):
-    """Rows from the hub (or a local folder of that name), and how many characters so far."""
-    from datasets import load_dataset  # it tries 20 times when the network fails
-
-    columns = source.fields.split(",")
-    rows = load_dataset(*source.name.split(":"), split=source.split, streaming=True)
-    names = rows.column_names or columns  # None: not known before it is read
-    if not set(columns) <= set(names):
-        raise InputError(f"{source.name}: {missing_field(source.fields, names)}")
-    characters = 0
-    for row in rows.select_columns(columns):
-        characters += sum(len(str(value)) for value in row.values())
-        yield characters, row
+# ==== Fields: a row -> its text, of which some may be answers =====================================
 
 
-# ---- Fields: a row -> its text, of which some may be answers ----
-
-
-def row_segments(row, fields):
-    """A row's text as [(text, whether it is an answer), ...]. An exception: a bad row."""
-    if isinstance(row, Exception):
+def row_parts(row, source):
+    """A row's text as [(text, whether it is an answer), ...]. ValueError: a bad row."""
+    if isinstance(row, ValueError):
         raise row
     if isinstance(row, str):
         return [(row, False)]
     if not isinstance(row, dict):
-        raise TypeError(f"a {type(row).__name__}, not a row with fields")
-    if fields:
-        names = fields.split(",")
-    else:
-        row = {name.lower(): value for name, value in row.items() if value not in (None, "")}
-        names = usual_fields(row)
-    if len(names) == 1:
-        value = row.get(names[0])
-        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            return chat(value)
-        return [(plain_text(row, names[0]), False)]
-    question = plain_text(row, names[0])
-    if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an instruction's input
-        question += "\n" + plain_text(row, names[1])
-    if not fields and "body" in row:  # SVAMP's: the story apart from the question
-        question = plain_text(row, "body").strip().removesuffix(".") + ". " + question
-    segments = [(f"Question: {question}\nAnswer:", False)]
-    if names[-1]:
-        segments.append((f" {plain_text(row, names[-1])}", True))
-    return segments
-
-
-def usual_fields(row):
-    """[a chat], or [question, input, answer] with "" where there is none, as in eval_math.py."""
-    chats = [name for name in CHATS if name in row]
-    questions = [name for name in QUESTIONS if name in row]
-    answers = [name for name in ANSWERS if name in row]
-    if chats:
-        return chats[:1]
-    if not questions:
-        raise missing_field("question", row)
-    extra = "input" if questions[0] == "instruction" else ""
-    return [questions[0], extra, *(answers[:1] or [""])]
+        raise ValueError(f"a {type(row).__name__}, no row with fields")
+    fields = source.fields
+    if not fields and source.role in ("questions", "sft"):
+        there = [usual for usual in USUAL.split() if set(usual.split(",")) <= set(row)]
+        fields = there[0] if there else "question,answer"
+    names = (fields or "text").split(",")
+    if len(names) == 1 and isinstance(row.get(names[0]), list):
+        return chat(row[names[0]])
+    texts = [plain_text(row, names[0])]
+    if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an optional input
+        texts.append(plain_text(row, names[1]))
+    question = "\n".join(texts)
+    answer = plain_text(row, names[-1]) if len(names) > 1 else ""
+    if source.role == "questions":
+        return [(question.strip(), False), (answer.strip(), True)]
+    if len(names) > 1:
+        return [(f"Question: {question}\nAnswer:", False), (f" {answer}", True)]
+    if source.role == "sft":
+        raise ValueError("--sft takes PATH::QUESTION,ANSWER or a chat")
+    return [(question, False)]
 
 
 def plain_text(row, name):
     """A field's text or number. ValueError, naming it, for anything else."""
     if name not in row:
-        raise missing_field(name, row)
+        there = ", ".join(map(str, row))
+        raise ValueError(f"no field {name}; there are {there} (PATH::FIELDS names what to read)")
     value = row[name]
     if isinstance(value, bytes):
         value = value.decode()
-    if value is None or isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        kind = "null" if value is None else f"a {type(value).__name__}, no text or number"
-        raise ValueError(f"{name} is {kind}")
-    return str(value)
-
-
-def missing_field(wanted, names):
-    there = ", ".join(map(str, names))
-    return InputError(f"no {wanted}; there are {there} (--field or PATH::FIELD)")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{name} is {type(value).__name__}, no text or number")
+    # Half a character (a surrogate) is one that no tokenizer takes.
+    return str(value).encode(errors="replace").decode()
 
 
 def chat(turns):
-    """A chat -> its segments: "role: text" line by line, the role as the file calls it."""
-    segments = []
+    """A chat -> its parts: "role: text" line by line, the role as the file calls it."""
+    parts = []
     for turn in turns:
-        if "human" in turn and "assistant" in turn:  # both in one turn
-            said = [("human", turn["human"]), ("assistant", turn["assistant"])]
+        if not isinstance(turn, dict):
+            raise ValueError(f"a list of {type(turn).__name__}, no text or chat")
+        said = turn  # {human: ..., assistant: ...}
+        if "role" in turn:
+            said = {turn["role"]: turn.get("content")}
+        elif "from" in turn:
+            said = {turn["from"]: turn.get("value")}
+        for role, content in said.items():
+            if isinstance(content, list):  # of texts, pictures, ...: the texts
+                texts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(filter(None, texts))
+            # null is an empty turn, as where a tool is called
+            text = plain_text({role: content or ""}, role)
+            line_start = "\n" if parts else ""
+            parts += [(f"{line_start}{role}:", False), (f" {text}", role in ANSWERERS)]
+    return parts
+
+
+# ==== Contamination: documents that hold an evaluation question ===================================
+
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+
+
+def ngrams(text):
+    """The runs of 13 words, as they are compared: letters and digits, however they are set."""
+    text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text).lower())
+    text = re.sub(r"-\s*\n\s*", "", text)  # a word that is divided at a line's end
+    text = re.sub(r",(?<=\d,)(?=\d\d\d)", "", text)  # 1,250
+    words = re.findall(r"[^\W_]+", text)
+    return zip(*[words[i:] for i in range(NGRAM)], strict=False)
+
+
+def question_grams(questions):
+    """All runs of the questions, but for those that are in many a text by chance ("1 1 1 1 ...")."""
+    grams = set()
+    for gram in chain.from_iterable(map(ngrams, questions)):
+        if len({word for word in gram if word.isalpha() and len(word) > 1}) >= 5:
+            grams.add(gram)
+    return grams
+
+
+def without_questions(documents, grams):
+    """Yield the Documents that share no run with a question, and count the others."""
+    for document in documents:
+        text = document.text
+        # A long document in parts, which overlap by more than a run.
+        parts = [text[i : i + BATCH + 4000] for i in range(0, len(text), BATCH) if grams]
+        if all(grams.isdisjoint(ngrams(part)) for part in parts):
+            yield document
         else:
-            role = turn["role"] if "role" in turn else turn["from"]
-            said = [(role, turn["content"] if "content" in turn else turn["value"])]
-        for role, content in said:
-            if isinstance(content, list):  # parts; what is no text (a picture) is left out
-                texts = [part if isinstance(part, str) else part.get("text") for part in content]
-                content = "".join(text or "" for text in texts)
-            text = "" if content is None else plain_text({role: content}, role)
-            line_start = "\n" if segments else ""
-            segments.append((f"{line_start}{role}:", False))
-            segments.append((f" {text}", role in ANSWERERS))
-    return segments
+            document.source.counts["contaminated"] += 1
 
 
-# ---- Contamination: documents that hold an evaluation question ----
+# ==== Splits: what is held out ====================================================================
 
 
-class QuestionIndex:
-    """The runs of words that must not be in a document, by the numbers of their words."""
+class HeldOut:
+    """Holds out the n documents of the smallest digests, but no more than a tenth of all.
 
-    def __init__(self, questions):
-        self.numbers = {}  # word -> its number
-        self.runs = {}  # bytes of int32 numbers -> question
-        for question in questions:
-            (its_words,) = words([question]).to_pylist()
-            for run in question_runs([word for word in its_words if word]):
-                key = [self.numbers.setdefault(word, len(self.numbers)) for word in run]
-                self.runs.setdefault(np.array(key, np.int32).tobytes(), question)
-        self.lengths = sorted({len(key) // 4 for key in self.runs})
-
-    def search(self, documents):
-        """Set the question that each Document holds. A long one is searched in parts."""
-        import pyarrow
-        from pyarrow import compute
-
-        vocabulary = pyarrow.array([*self.numbers], pyarrow.large_string())
-        longest = max([len(document.text) for document in documents], default=0)
-        for at in range(0, longest, BATCH):
-            # The parts overlap, since a run may lie over a seam.
-            lists = words([document.text[at : at + BATCH + 4000] for document in documents])
-            numbers = compute.index_in(lists.flatten(), value_set=vocabulary)
-            numbers = compute.fill_null(numbers, -1).to_numpy()
-            bounds = pairwise(lists.offsets.to_numpy())
-            for document, (start, end) in zip(documents, bounds, strict=True):
-                document.question = document.question or self.find_run(numbers[start:end])
-
-    def find_run(self, numbers):
-        """A question of which a run is among these words, or ""."""
-        # A run can only begin where no unknown word follows for its whole length: that is rare.
-        unknown = np.append(0, np.cumsum(numbers < 0))
-        for length in self.lengths:
-            for i in np.flatnonzero(unknown[length:] == unknown[:-length]):
-                question = self.runs.get(numbers[i : i + length].tobytes())
-                if question:
-                    return question
-        return ""
-
-
-def question_runs(question):
-    """The runs of a question's words that are looked for: of 13, or of all where it is shorter.
-
-    Only those with five different words of letters: "1 1 1 1 ..." and a matrix's markup are in
-    many a document by chance.
+    So it depends on the texts alone which are held, they are drawn over all of the stream, and a
+    copy of a document falls on its side. Copies of `avoid` and of what is held are dropped.
     """
-    length = min(NGRAM, len(question))
-    if length < SHORTEST:
-        return
-    for i in range(len(question) - length + 1):
-        run = question[i : i + length]
-        if len({word for word in run if word.isalpha() and len(word) > 1}) >= 5:
-            yield run
+
+    def __init__(self, n, salt, avoid):
+        self.n = n
+        self.salt = salt.encode()
+        self.avoid = {self.digest(document.text) for document in avoid}
+        self.documents = {}  # {digest: Document}
+
+    def digest(self, text):
+        """32 bytes: a number from 0 to 1, so to speak. White space does not count."""
+        letters = text.encode().translate(None, string.whitespace.encode())
+        return hashlib.sha256(self.salt + letters).digest()
+
+    def rest(self, documents):
+        """Yield the documents that are not held out, some later than they came."""
+        held = self.documents
+        tenth = bytes([26])  # of all digests a tenth is smaller
+        limit = bytes([255])  # it only falls, so no copy of what is not held is held later
+        n_rest = 0
+        for document in documents:
+            digest = self.digest(document.text)
+            if digest in held or digest in self.avoid:
+                document.source.counts["duplicates"] += 1
+                continue
+            if digest < limit:
+                held[digest] = document
+                largest = max(held)
+                if len(held) <= self.n and (largest < tenth or len(held) == 1):
+                    continue
+                limit = largest
+                document = held.pop(largest)
+            n_rest += 1
+            yield document
+        if held and not n_rest:  # of the only document the end is held out
+            (document,) = held.values()
+            cut = len(document.text) * 9 // 10
+            held[digest] = replace(document, text=document.text[cut:])
+            yield replace(document, text=document.text[:cut])
 
 
-def words(texts):
-    """The words of each text, as a pyarrow list array; without Python's lock, so on all cores.
-
-    Compared are letters and digits alone: NFKC (full-width and composed forms), lower case,
-    without invisible characters, hyphens at line ends and commas of thousands. "_" splits.
-    """
-    import pyarrow
-    from pyarrow import compute
-
-    array = pyarrow.array(texts, pyarrow.large_string())
-    array = compute.utf8_lower(compute.utf8_normalize(array, form="NFKC"))
-    array = compute.replace_substring_regex(array, r"\p{Cf}", "")
-    array = compute.replace_substring_regex(array, r"(\p{L})-\s*\n\s*(\p{L})", r"\1\2")
-    for _ in range(2):  # 1,250,000: the second comma is found the second time
-        array = compute.replace_substring_regex(array, r"(\d),(\d\d\d)", r"\1\2")
-    return compute.split_pattern_regex(array, r"[^\p{L}\p{M}\p{N}]+")
-
-
-def clean(documents, index, report):
-    """Yield the documents without those that hold a question, and list these in the report."""
-    cores = os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
-        for batch in batches(documents):
-            if index.runs:
-                list(pool.map(index.search, [batch[i::cores] for i in range(cores)]))
-            for document in batch:
-                if document.question:
-                    document.source.counts["contaminated"] += 1
-                    report["found"] += 1
-                    where = {"document": document.place, "question": document.question}
-                    report["documents"] = [*report["documents"], where][:100]
-                if not (document.question and report["dropped"]):
-                    yield document
+# ==== Writing: documents -> tokens on disk ========================================================
 
 
 def batches(documents):
@@ -758,406 +575,317 @@ def batches(documents):
     yield batch
 
 
-# ---- Splits: what is held out ----
-
-
-def fingerprint(text):
-    """A digest of the text without white space: near copies must fall on one side of a split."""
-    digest = hashlib.sha256()
-    for block in blocks_of(text):
-        digest.update("".join(block.split()).encode())
-    return digest.digest()
-
-
-def hold_out(documents, held, n, seed, avoid=(), max_characters=math.inf):
-    """Yield the documents but for at most n, spread over all of them, which go into `held`.
-
-    Whether one is held depends on its text alone, and the share of those that are only falls: so
-    a copy of a document that was not held is not held later. Copies of what is in `held` or
-    `avoid` ({fingerprint: Document}) are dropped.
-    """
-    documents = iter(documents)
-    beginning = list(islice(documents, 2))
-    if n and len(beginning) == 1:  # the only document: its end is held out
-        only = beginning.pop()
-        cut = len(only.text) * 9 // 10
-        held[""] = replace(only, text=only.text[cut:])
-        yield replace(only, text=only.text[:cut])
-    share = 0.1
-    characters = 0
-    for seen, document in enumerate(chain(beginning, documents), 1):
-        characters += len(document.text)
-        if seen % 64 == 0:
-            progress = max(document.progress, characters / max_characters)
-            share = min(share, n * progress / seen) if progress else share
-        key = fingerprint(document.text)
-        lot = hashlib.sha256(f"{seed} {document.source.role} ".encode() + key).digest()
-        drawn = int.from_bytes(lot[:8], "big") / 2**64 < share
-        if key in held or key in avoid:
-            document.source.counts["duplicates"] += 1
-        elif len(held) < n and (drawn or not held):  # the first one, so that none is empty
-            held[key] = document
-        else:
-            yield document
-
-
-# ---- Writing ----
-
-
-def cut_long(documents):
-    """The documents, a very long one in parts: cut where every tiktoken pattern cuts too."""
-    word_start = regex.compile(r"(?<=\S) (?=\p{L})")
-    for document in documents:
-        start = 0
-        while match := word_start.search(document.text, start + BATCH):
-            part = document.text[start : match.start()]
-            yield replace(document, text=part, continued=start > 0)
-            start = match.start()
-        yield replace(document, text=document.text[start:], continued=start > 0)
-
-
-def write_split(work, name, documents, encoding, meta, max_tokens=None):
-    path = work / f"{name}.bin"
-    tokens, count = write_tokens(path, documents, encoding, meta["dtype"], max_tokens)
-    meta["tokens"][name] = tokens
-    meta["documents"][name] = count
-
-
-def write_tokens(path, documents, encoding, dtype, max_tokens=None):
-    """Stream Documents to `path`, on all cores, in constant memory -> (tokens, documents)."""
+def tokenize(documents, tokenizer, meta, max_tokens=math.inf):
+    """Yield the tokens of each document as an array, up to max_tokens in all."""
     tokens = 0
-    count = 0
-    start = np.array(document_start(encoding))
-    bar = tqdm(desc=path.stem, unit=" tokens", unit_scale=True, total=max_tokens, mininterval=0.5)
-    if isinstance(encoding, Encoding):
-        documents = cut_long(documents)
-    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for batch in batches(documents):
-            encoded = encoding.encode_batch([document.text for document in batch], pool)
-            for document, ids in zip(batch, encoded, strict=True):
-                if not document.continued:
-                    ids = np.append(start, ids)
-                    count += 1
-                    document.source.counts["documents"] += 1
-                file.write(np.asarray(ids).astype(dtype).tobytes())
-                document.source.counts["tokens"] += len(ids)
-                tokens += len(ids)
-                bar.update(len(ids))
-                if max_tokens and tokens >= max_tokens:
-                    return tokens, count
-    return tokens, count
+    for batch in batches(documents):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for document, ids in zip(batch, encoded, strict=True):
+            ids = np.concatenate([tokenizer.document_start, ids]).astype(meta["dtype"])
+            document.source.counts["documents"] += 1
+            document.source.counts["tokens"] += len(ids)
+            tokens += len(ids)
+            yield ids
+            if tokens >= max_tokens:
+                return
 
 
-def answer_mask(segments, encoding):
+def write_split(work, split, arrays, meta):
+    """Write the tokens of documents one after another, and count them in meta."""
+    tokens = 0
+    documents = 0
+    with open(Path(work, f"{split}.bin"), "wb") as file:
+        for ids in tqdm(arrays, split, unit=" documents", disable=None):
+            file.write(ids)
+            tokens += len(ids)
+            documents += 1
+    meta["tokens"][split] = tokens
+    meta["documents"][split] = documents
+
+
+def answer_mask(parts, tokenizer):
     """The tokens of a document, and for each whether it belongs to an answer."""
+    start = tokenizer.document_start
     text = ""
     tokens = []
     mask = []
-    for segment, is_answer in segments:
+    for part, is_answer in parts:
         # The text so far is tokenized whole, since tokens may span the seams; a token that grew
-        # belongs to the later segment.
-        text += segment
-        longer = encoding.encode_ordinary(text)
+        # belongs to the later part.
+        text += part
+        longer = tokenizer.encode(text)
         same = 0
         while same < len(tokens) and tokens[same] == longer[same]:
             same += 1
         mask = mask[:same] + [is_answer] * (len(longer) - same)
         tokens = longer
-    return tokens, mask
+    return np.array([*start, *tokens]), np.array([*[False] * len(start), *mask])
 
 
-def write_answers(work, documents, encoding, meta):
-    """sft.bin and sft_mask.bin. The token that ends an answer is part of it."""
-    start = document_start(encoding)
-    tokens = 0
-    count = 0
-    ended = False  # whether the last document ended with an answer
-    with open(work / "sft.bin", "wb") as file, open(work / "sft_mask.bin", "wb") as mask_file:
-        for document in documents:
-            ids, mask = answer_mask(document.segments, encoding)
-            ids = [*start, *ids]
-            mask = [ended, *[False] * (len(start) - 1), *mask]
-            ended = mask[-1]
-            file.write(np.array(ids, meta["dtype"]).tobytes())
-            mask_file.write(np.array(mask, np.uint8).tobytes())
-            document.source.counts["documents"] += 1
-            document.source.counts["tokens"] += len(ids)
-            tokens += len(ids)
-            count += 1
-        file.write(np.array(start[:1], meta["dtype"]).tobytes())  # the end of the last answer
-        mask_file.write(np.array([ended], np.uint8).tobytes())
-    meta["tokens"]["sft"] = tokens + 1
-    meta["documents"]["sft"] = count
+def write_answers(work, documents, tokenizer, meta):
+    """sft.bin and sft_mask.bin. The end-of-text that ends an answer is part of it."""
+    pairs = []
+    for document in documents:
+        pairs.append(answer_mask(document.parts, tokenizer))
+        document.source.counts["documents"] += 1
+        document.source.counts["tokens"] += len(pairs[-1][0])
+    tokens = np.concatenate([tokens for tokens, _ in pairs] + [[tokenizer.eot]])
+    mask = np.concatenate([mask for _, mask in pairs] + [[False]])
+    ends = np.flatnonzero(tokens == tokenizer.eot)[1:]
+    mask[ends] = mask[ends - 1]
+    tokens.astype(meta["dtype"]).tofile(work / "sft.bin")
+    mask.astype(np.uint8).tofile(work / "sft_mask.bin")
+    meta["tokens"]["sft"] = len(tokens)
+    meta["documents"]["sft"] = len(pairs)
 
 
-def write_questions(work, questions):
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions.items()]
-    if lines:
-        Path(work, "questions.jsonl").write_text("".join(lines))
+# ==== Mixing: clean text in the corpus, its plainest use ==========================================
 
 
-def copy_tokenizer(work, spec):
-    """The files of a tokenizer.json, so that the data does not depend on where they came from."""
-    if "file" not in spec:
-        return
-    folder = Path(spec["file"]).parent
-    for name in ("tokenizer.json", *BESIDE):
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, work / name)
-    spec["file"] = "tokenizer.json"
+def read_documents(path, meta):
+    """Yield the documents of a stream as arrays, each with end-of-text in front."""
+    tokens = np.memmap(path, meta["dtype"], "r")
+    start = 0
+    for i in range(0, len(tokens), BATCH):
+        for end in i + np.flatnonzero(tokens[i : i + BATCH] == meta["tokenizer"]["eot"]):
+            if end > 0:
+                yield tokens[start:end]
+            start = end
+    yield tokens[start:]
 
 
-# ---- The folder that is written ----
+def mixed_documents(work, meta, share):
+    """Yield train's documents in their order and, all along, ref's between them, so that `share`
+    of the tokens are clean: the first ones again when all are used."""
+    clean = iter(())
+    n_corpus = 0
+    n_clean = 0
+    for document in read_documents(work / "train.bin", meta):
+        yield document
+        n_corpus += len(document)
+        while n_clean < share * (n_clean + n_corpus):
+            extra = next(clean, None)
+            if extra is None:
+                clean = read_documents(work / "ref.bin", meta)
+                extra = next(clean)
+            yield extra
+            n_clean += len(extra)
+
+
+# ==== The folder that is written ==================================================================
 
 
 @contextmanager
 def new_folder(folder):
-    """An empty folder beside `folder` to write in. What a killed run left in it is cleared."""
+    """An empty folder beside `folder` to write in, for one run at a time."""
     folder = Path(folder).absolute()
-    for name in set(WRITTEN) - listed_files(folder):
+    for name in WRITTEN - listed_files(folder):
         if Path(folder, name).exists():
-            raise InputError(f"{folder / name} is not of prepare_data.py: choose another --out")
+            sys.exit(f"{folder / name} is not of prepare_data.py: choose another --out")
     work = folder.parent / f".{folder.name}.preparing"
-    with only_writer(work, remedy="choose another --out"):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            clear(work, WRITTEN)  # what a killed run left
+            try:
+                yield work
+            finally:
+                clear(work, {*WRITTEN, "lock"})
+                with suppress(OSError):  # somebody else has put something there
+                    work.rmdir()
+    except Timeout:
+        sys.exit(f"{folder} is being written by another run: choose another --out")
+
+
+def clear(folder, names):
+    for name in names:
+        Path(folder, name).unlink(missing_ok=True)
 
 
 def listed_files(folder):
-    """The names of the files that an earlier run wrote there, also if it was interrupted."""
+    """The names of the files that an earlier run wrote there, also if it was killed."""
     try:
-        return {"meta.json", *json.loads(Path(folder, "meta.json").read_text())["files"]}
-    except (OSError, ValueError, LookupError, TypeError):  # missing or damaged
+        return WRITTEN & {"meta.json", *json.loads(Path(folder, "meta.json").read_bytes())["files"]}
+    except (OSError, ValueError, LookupError, TypeError):  # missing, or not of this program
         return set()
 
 
 def publish(work, folder, meta):
-    """Move the files of `work` to `folder`; those of the run before go."""
-    files = sorted(work.iterdir())
-    meta["files"] = {path.name: file_digest(path) for path in files}
+    """Move the new files to `folder`; those of the run before go."""
+    new = WRITTEN & set(os.listdir(work))
+    meta["files"] = {name: file_digest(work / name) for name in sorted(new)}
     old = listed_files(folder) - {"meta.json"}
     # A run that is killed below leaves this meta.json, which load_meta refuses, and which says
     # what the next run may replace.
-    write_meta(folder, {"files": [*old, *meta["files"]]})
-    for path in files:
-        os.replace(path, Path(folder, path.name))
-    for name in old - set(meta["files"]):
-        Path(folder, name).unlink(missing_ok=True)
+    write_meta(folder, {"command": meta["command"], "files": sorted(old | new)})
+    for name in new:
+        os.replace(work / name, Path(folder, name))
+    clear(folder, old - new)
     write_meta(folder, meta)
 
 
 def write_meta(folder, meta):
     with whole_file(Path(folder, "meta.json")) as file:
-        file.write(json.dumps(meta, indent=1).encode())
+        file.write(json.dumps(meta, indent=1, default=str).encode())
 
 
 def load_meta(folder):
-    """meta.json of a prepared folder, when its files have the size and, below 1 GiB, the sha256
-    that it says. InputError otherwise. check_files compares the larger ones too."""
-    meta = read_meta(folder)
-    try:
-        itemsize = np.dtype(meta["dtype"]).itemsize
-        for name in [*STREAMS, *meta["tokens"]]:
-            path = Path(folder, f"{name}.bin")
-            if path.stat().st_size != meta["tokens"][name] * itemsize:
-                raise InputError(f"{path} has another size than meta.json says. {rerun(meta)}")
-        check_files(folder, meta, below=1 << 30)
-    except OSError as error:
-        raise InputError(f"{error.filename} is missing. {rerun(meta)}") from error
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}/meta.json: {describe(error)}. {rerun(meta)}") from error
-    return meta
-
-
-def check_files(folder, meta, below=math.inf):
-    """Compare the files with their sha256 in meta.json, those below a size. InputError."""
-    for name, digest in meta["files"].items():
-        path = Path(folder, name)
-        if path.stat().st_size < below and file_digest(path) != digest:
-            raise InputError(f"{path} has changed since it was made. {rerun(meta)}")
-
-
-def rerun(meta):
-    return f"Run: {meta.get('command', 'python prepare_data.py')}"
-
-
-def read_meta(folder):
-    """meta.json with a tokenizer in it. InputError if it is missing or damaged."""
+    """meta.json of a prepared folder. Exits if the folder was never prepared, or if a file has not
+    the size or, below 1 GiB, the sha256 that meta.json says."""
     path = Path(folder, "meta.json")
+    if not path.is_file():
+        why = "is no folder" if Path(folder).is_file() else "has no meta.json"
+        sys.exit(f"{folder} {why}: python prepare_data.py --out FOLDER writes one (see its -h)")
+    command = "python prepare_data.py"
     try:
-        meta = json.loads(path.read_text())
-        spec = meta["tokenizer"]
-        kinds = [type(spec[key]) for key in ("name", "n_vocab", "eot")]
-        if kinds != [str, int, int] or meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError("tokenizer or dtype")
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing. {REMEDY} --out {folder}") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        why = f"damaged, or of a run that was killed ({describe(error)})"
-        remedy = f"Repeat that run, or delete {folder}. {REMEDY}"
-        raise InputError(f"{path} is {why}. {remedy}") from error
-    if "file" in spec:
-        spec["file"] = str(Path(folder, spec["file"]).resolve())  # it moves with the data
+        meta = json.loads(path.read_bytes())
+        command = meta.get("command", command)
+        if not 0 <= meta["tokenizer"]["eot"] < meta["tokenizer"]["n_vocab"]:
+            raise ValueError("tokenizer")
+        for split in {*SPLITS, *meta["tokens"]}:
+            size = meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize
+            if os.path.getsize(f"{folder}/{split}.bin") != size:
+                raise ValueError(f"{split}.bin has another size")
+        for name, digest in meta["files"].items():
+            path = Path(folder, name)
+            if path.stat().st_size < 1 << 30 and file_digest(path) != digest:
+                raise ValueError(f"{name} has changed")
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        why = f"damaged, or of a run that was killed ({type(error).__name__}: {error})"
+        sys.exit(f"{folder} is {why}. Run: {command}")
     return meta
 
 
-# ---- Tokenizers: a name that tiktoken knows, ranks in a meta.json, or a tokenizer.json ----
+# ==== Tokenizers: a name that tiktoken knows, ranks in a meta.json, or a tokenizer.json ===========
+
+# A spec is what meta.json and checkpoints hold. Two tokenizers are the same if their specs are.
 
 
-class Encoding(tiktoken.Encoding):
-    """tiktoken's, but decode passes over an id that stands for nothing."""
+class Tokenizer:
+    """tiktoken's. Encoding adds no token, and the text of a special token stays text."""
 
-    def encode_batch(self, texts, pool):
-        # tiktoken lets go of Python's lock, so this is done on all cores.
-        return pool.map(partial(self.encode_to_numpy, disallowed_special=()), texts)
+    def __init__(self, spec, bpe, known):
+        self.spec = spec
+        self.bpe = bpe
+        self.known = set(known)  # ids that stand for something
+        self.n_vocab = spec["n_vocab"]
+        self.eot = spec["eot"]
+        start = spec.get("start", [])  # what the model's own tokenizer puts before a text
+        self.document_start = [self.eot, *[token for token in start if token != self.eot]]
+        self.prompt_start = start or [self.eot]
+        self.stops = {self.eot, *start, spec.get("eos", self.eot)}
 
-    def decode(self, tokens, errors="replace"):
-        parts = []
-        for token in tokens:
-            try:
-                parts.append(self.decode_single_token_bytes(int(token)))
-            except (KeyError, OverflowError):
-                continue
-        return b"".join(parts).decode("utf-8", errors=errors)
+    def encode(self, text):
+        return self.bpe.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """The ids of each text, on all cores."""
+        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def decode(self, ids):
+        """The text of ids; those that stand for nothing are passed over."""
+        return self.bpe.decode([int(token) for token in ids if int(token) in self.known])
 
 
-class FileTokenizer:
-    """A tokenizer.json, read by the package `tokenizers`, with tiktoken's methods.
+class FileTokenizer(Tokenizer):
+    """A tokenizer.json's."""
 
-    It normalizes and cuts as the file says, but adds no token of its own: document_start says
-    how a document begins. The text of a special token inside a document stays text.
-    """
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def __init__(self, spec):
-        if file_digest(spec["file"]) != spec["sha256"]:
-            raise InputError(f"{spec['file']} has changed since it was used (sha256). {REMEDY}")
-        try:
-            from tokenizers import Tokenizer
-
-            self.tokenizer = Tokenizer.from_file(spec["file"])
-        except ImportError as error:
-            raise InputError("a tokenizer.json needs: pip install tokenizers") from error
-        except Exception as error:  # the package raises nothing more precise
-            raise InputError(f"{spec['file']} is no tokenizer.json: {error}") from error
-        self.tokenizer.encode_special_tokens = True  # as the text that they are
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.vocabulary = self.tokenizer.get_vocab()
-        self.n_vocab = max(self.vocabulary.values(), default=-1) + 1  # ids may leave holes
-        self.eot_token = spec.get("eot")
-        self.bos_token = spec.get("bos")
-        self.eos_token = spec.get("eos")
-
-    def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts, pool=None):  # the package has threads of its own
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    def encode_batch(self, texts):
+        encoded = self.bpe.encode_batch_fast(texts, add_special_tokens=False)
         return [item.ids for item in encoded]
 
-    def decode(self, tokens):
-        known = [int(token) for token in tokens if 0 <= token < self.n_vocab]
-        return self.tokenizer.decode(known, skip_special_tokens=False)
+    def decode(self, ids):
+        known = [int(token) for token in ids if int(token) in self.known]
+        return self.bpe.decode(known, skip_special_tokens=False)
 
 
 def get_tokenizer(spec):
-    """meta["tokenizer"] -> an Encoding or FileTokenizer. InputError if it cannot be made."""
-    try:
-        if "file" in spec:
-            return FileTokenizer(spec)
-        name = spec["name"]
+    """meta["tokenizer"] -> a Tokenizer."""
+    if "json" in spec:
+        bpe = read_tokenizer_json(spec["json"], spec["name"])
+        bpe.encode_special_tokens = True  # as the text that they are
+        bpe.no_truncation()
+        bpe.no_padding()
+        return FileTokenizer(spec, bpe, bpe.get_vocab().values())
+    name = spec["name"]
+    with one_line(f"tokenizer {name}", "No network? Set TIKTOKEN_CACHE_DIR"):
         if "ranks" in spec:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             special = {"<|endoftext|>": spec["eot"]}
-            pattern = spec["pat_str"]
-        elif name in tiktoken.list_encoding_names():
-            known = tiktoken.get_encoding(name)
-            ranks = known._mergeable_ranks  # so tiktoken's README extends an encoding
-            special = known._special_tokens
-            pattern = known._pat_str
+            bpe = tiktoken.Encoding(
+                name, pat_str=spec["pat_str"], mergeable_ranks=ranks, special_tokens=special
+            )
         else:
-            names = ", ".join(tiktoken.list_encoding_names())
-            raise InputError(f"--tokenizer {name}: not a file or folder, nor one of {names}")
-        return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except InputError:
-        raise
-    except OSError as error:
-        why = "no network? TIKTOKEN_CACHE_DIR may name a folder that has it"
-        raise InputError(f"--tokenizer {spec.get('name')}: {why} ({error})") from error
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"--tokenizer: damaged in meta.json ({error!r}). {REMEDY}") from error
+            bpe = tiktoken.get_encoding(name)
+        known = chain(bpe._mergeable_ranks.values(), bpe._special_tokens.values())
+        return Tokenizer(spec, bpe, known)
+
+
+def read_tokenizer_json(text, name):
+    with one_line(f"tokenizer {name}", "Is the file whole? It needs: pip install tokenizers"):
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(text)
 
 
 def tokenizer_spec(name):
-    """--tokenizer -> what meta.json says of it: a name, ranks, or a tokenizer.json's sha256."""
+    """The spec of a name in tiktoken, a FOLDER/meta.json, a tokenizer.json or its folder."""
     path = Path(name).expanduser()
     if path.name == "meta.json":
-        return read_meta(path.parent)["tokenizer"]
-    if str(name) in tiktoken.list_encoding_names() or not (path.is_dir() or path.suffix):
-        encoding = get_tokenizer({"name": str(name)})
-        return {"name": str(name), "n_vocab": encoding.n_vocab, "eot": encoding.eot_token}
+        return load_meta(path.parent)["tokenizer"]
     if path.is_dir():
         path = path / "tokenizer.json"
-    if not path.exists():
-        remedy = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise InputError(f"--tokenizer: {path} is missing; {remedy} writes it")
-    path = path.resolve()
-    spec = {"name": path.parent.name, "file": str(path), "sha256": file_digest(path)}
-    tokenizer = FileTokenizer(spec)
-    try:
-        special = special_tokens(path.parent, tokenizer.vocabulary)
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        why = f"no end-of-text token, or {' and '.join(BESIDE)} are damaged: {error!r}"
-        raise InputError(f"--tokenizer {path}: {why}") from error
-    return {**spec, "n_vocab": tokenizer.n_vocab, **special}
+    if path.is_file():
+        config = path.with_name("tokenizer_config.json")
+        with one_line(path, "Fetch it again"):
+            named = json.loads(config.read_bytes()) if config.exists() else {}
+            return file_spec(path.read_text("utf-8"), path.parent.name, named.get("eos_token"))
+    names = tiktoken.list_encoding_names()
+    if name in names:
+        bpe = get_tokenizer({"name": name, "n_vocab": 1, "eot": 0}).bpe
+        return {"name": name, "n_vocab": bpe.n_vocab, "eot": bpe.eot_token}
+    remedy = f"of the hub? hf download {name} --local-dir FOLDER; tiktoken has {', '.join(names)}"
+    sys.exit(f"--tokenizer {name}: {path} is missing; {remedy}")
 
 
-def special_tokens(folder, vocabulary):
-    """{"eot", "bos", "eos"} -> ids: as the files beside a tokenizer.json say, else by name."""
-    named = {"bos_token": "<s>", "eos_token": "</s>"}
-    for file in BESIDE:
-        if Path(folder, file).exists():
-            named.update(json.loads(Path(folder, file).read_text(encoding="utf-8")))
-    found = {}
-    for key in ("bos", "eos"):
-        token = named[f"{key}_token"]
-        found[key] = vocabulary.get(token["content"] if isinstance(token, dict) else token)
-    # A chat model's bos may begin a turn (<|im_start|>) and not a document: it stands in front only
-    # where the model's own tokenizer puts it there.
-    is_gpt2 = str(named.get("tokenizer_class")).startswith("GPT2")
-    if not named.get("add_bos_token", not is_gpt2):
-        found["bos"] = None
-    # The separator of documents is not always eos: an instruct model's ends a turn (<|im_end|>).
-    separators = [vocabulary.get("<|endoftext|>"), vocabulary.get("<|end_of_text|>")]
-    separators += [found["eos"], found["bos"]]
-    known = [token for token in separators if token is not None]
-    return {**found, "eot": known[0]}
+def file_spec(text, name, eos=None):
+    """The spec of a tokenizer.json. eos: end-of-sequence, as tokenizer_config.json names it."""
+    bpe = read_tokenizer_json(text, name)
+    vocabulary = bpe.get_vocab()
+    # What the model's own tokenizer puts in front: a start token, or nothing.
+    a_text = bpe.encode("a")
+    start = a_text.ids[: a_text.special_tokens_mask.index(0)]
+    eos = eos["content"] if isinstance(eos, dict) else eos or "</s>"
+    # The separator is not always eos: an instruct model's ends a turn (<|im_end|>).
+    ends = [
+        vocabulary[end] for end in ("<|endoftext|>", "<|end_of_text|>", eos) if end in vocabulary
+    ]
+    if not ends + start:
+        raise ValueError("no token ends a text")
+    n_vocab = max(vocabulary.values()) + 1  # ids may leave holes
+    eot = (ends + start)[0]
+    spec = {"name": name, "n_vocab": n_vocab, "eot": eot, "eos": vocabulary.get(eos, eot)}
+    return {**spec, "start": start, "json": text}
 
 
-def document_start(encoding):
-    """The tokens in front of each document: [separator], or [separator, bos]."""
-    bos = getattr(encoding, "bos_token", None)
-    if bos is None or bos == encoding.eot_token:
-        return [encoding.eot_token]
-    return [encoding.eot_token, bos]
+def train_tokenizer(size, texts):
+    """The spec of a byte pair encoding of these texts.
+
+    The vocabulary matrix is most of a small model: of gpt2's 50,257 tokens, 85 % of its work.
+    """
+    with one_line(f"--tokenizer {size}", "It needs: pip install tokenizers"):
+        from tokenizers import ByteLevelBPETokenizer
+
+        bpe = ByteLevelBPETokenizer()
+        special = ["<|endoftext|>"]
+        bpe.train_from_iterator(texts, size, special_tokens=special, show_progress=False)
+        return file_spec(bpe.to_str(), f"bpe{size}")
 
 
-def prompt_start(encoding):
-    """The token in front of a prompt: [bos] where the tokenizer has one, else [separator]."""
-    return document_start(encoding)[-1:]
-
-
-def stop_tokens(encoding):
-    """The tokens that end a document or an answer."""
-    names = ("eot_token", "bos_token", "eos_token")
-    return {getattr(encoding, name, None) for name in names} - {None}
-
-
-# ---- The demo ----
+# ==== The demo ====================================================================================
 
 # The embedded default, demo: clean grade-school problems with worked steps for the reference, and
 # web-like pages in which such problems hide, with the dirt of real crawls: wrong worked answers,
@@ -1184,17 +912,17 @@ VERBS = {
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
 
-def a_slip(rng, before, sign, b, value):
+def a_slip(rng, before, sign, b):
     """A wrong result of `before sign b`: off by one or ten, digits swapped, another operation."""
-    other_sign = "-" if sign == "+" else "+"
-    other = APPLY[other_sign](before, b)
+    value = APPLY[sign](before, b)
     digits_swapped = int(str(abs(value))[::-1])
+    other = before - b if sign == "+" else before + b
     slips = [value - 1, value + 1, value - 10, value + 10, digits_swapped, other, other]
     return rng.choice([slip for slip in slips if slip > 0 and slip != value])
 
 
 def problem(rng, wrong=False):
-    """(question, [(text, kind), ...]): one to three steps, worked; from a slip on it is wrong."""
+    """(question, worked answer, what of it is wrong): one to three steps, wrong from a slip on."""
     name, other = rng.sample(NAMES, 2)
     fill = {"name": name, "other": other, "thing": rng.choice(THINGS)}
     value = rng.randint(2, 30)  # as worked out
@@ -1203,7 +931,7 @@ def problem(rng, wrong=False):
     n_steps = rng.choice((1, 1, 1, 2, 2, 3))
     slip = rng.randrange(n_steps) if wrong else n_steps
     worked = ""
-    n_right = 1000  # characters of it up to the slip
+    n_right = None  # characters of it up to the slip
     for i in range(n_steps):
         ways = {"+": rng.randint(1, 20), "-": rng.randint(1, min(20, max(1, right - 1)))}
         if right <= 20:
@@ -1214,17 +942,24 @@ def problem(rng, wrong=False):
         sign, b = rng.choice([*ways.items()])
         question += " " + rng.choice(VERBS[sign]).format(b=b, **fill)
         worked += f" {value}{sign}{b}=<<{value}{sign}{b}="
-        before = value
-        value = APPLY[sign](before, b)
         right = APPLY[sign](right, b)
         if i == slip:
-            value = a_slip(rng, before, sign, b, value)
             n_right = len(worked)
+            value = a_slip(rng, value, sign, b)
+        else:
+            value = APPLY[sign](value, b)
         worked += f"{value}>>{value}."
     worked += f"\n#### {value}\n"
     question += " " + rng.choice(ASKS).format(**fill)
-    asked = f"Question: {question}\nAnswer:"
-    return question, [(asked + worked[:n_right], 0), (worked[n_right:], 1)]
+    return question, worked[:n_right], worked[n_right:] if wrong else ""
+
+
+def fresh_problem(rng, held, wrong=0):
+    """A problem that is not held out or, with chance `wrong`, a wrong one, as a [(text, kind)]."""
+    question = next(iter(held))
+    while question in held:
+        question, worked, rest = problem(rng, rng.random() < wrong)
+    return [(f"Question: {question}\nAnswer:{worked}", 0), (rest, 1)]
 
 
 def dirt(rng, towns):
@@ -1242,24 +977,13 @@ def dirt(rng, towns):
     return text + "\n", kind
 
 
-def make_towns(rng):
-    """400 towns, each with what an article can say of it, in sentences."""
-    towns = []
-    for _ in range(400):
-        town = "".join(rng.choices(SYLLABLES, k=3)).capitalize()
-        river = "".join(rng.choices(SYLLABLES, k=2)).capitalize()
-        craft = rng.choice(CRAFTS)
-        year = rng.randint(1100, 1950)
-        towns.append(FACTS.format(town=town, river=river, craft=craft, year=year).split("|"))
-    return towns
-
-
-def fresh_problem(rng, held, wrong=0):
-    """The segments of a problem that is not held out, or, with chance `wrong`, of a wrong one."""
-    while True:
-        question, segments = problem(rng, rng.random() < wrong)
-        if question not in held:
-            return segments
+def make_town(rng):
+    """What an article can say of a town, in sentences."""
+    town = "".join(rng.choices(SYLLABLES, k=3)).capitalize()
+    river = "".join(rng.choices(SYLLABLES, k=2)).capitalize()
+    craft = rng.choice(CRAFTS)
+    year = rng.randint(1100, 1950)
+    return FACTS.format(town=town, river=river, craft=craft, year=year).split("|")
 
 
 def pages(rng, held, towns, wrong, dirty):
@@ -1272,185 +996,106 @@ def pages(rng, held, towns, wrong, dirty):
         yield page
 
 
-def demo_tokenizer(documents, vocab):
+def demo_spec(documents, vocab):
     """The spec of a tokenizer of the bytes, so that any text has tokens, and of frequent words."""
-    text = "".join(text for document in documents for text, _ in document)
-    words = Counter(regex.findall(PATTERN, text)).most_common()
+    text = "".join(text for text, _ in chain(*documents))
+    words = [word for word, _ in Counter(regex.findall(PATTERN, text)).most_common()]
     ranks = [bytes([byte]) for byte in range(256)]
-    ranks += [word.encode() for word, _ in words if len(word) > 1][: vocab - 257]
-    return ranks_spec("demo", ranks, vocab)
-
-
-def ranks_spec(name, ranks, n_vocab):
+    ranks += [word.encode() for word in words if len(word) > 1][: vocab - 257]
     ranks = [base64.b64encode(token).decode() for token in ranks]
-    spec = {"name": name, "n_vocab": n_vocab, "eot": n_vocab - 1, "pat_str": PATTERN}
-    return {**spec, "ranks": ranks}
+    return {"name": "demo", "n_vocab": vocab, "eot": vocab - 1, "pat_str": PATTERN, "ranks": ranks}
 
 
-def demo_tokens(documents, encoding, limit):
-    """(tokens, kind of each) of documents, up to the one that reaches `limit`."""
+def demo_tokens(documents, tokenizer, limit=math.inf):
+    """The tokens of each document, and the kind of each token, up to `limit` tokens in all."""
     tokens = []
     kinds = []
-    while len(tokens) < limit and (document := next(documents, None)):
-        for text, kind in [("<|endoftext|>", 0), *document]:
-            ids = encoding.encode(text, allowed_special="all")
-            tokens += ids
-            kinds += [kind] * len(ids)
-    return np.array(tokens, np.uint16), np.array(kinds, np.uint8)
+    n = 0
+    while n < limit and (document := next(documents, None)):
+        encoded = [tokenizer.encode(text) for text, _ in document]
+        tokens.append(np.array([tokenizer.eot, *chain(*encoded)], np.uint16))
+        lengths = [1, *map(len, encoded)]
+        kinds.append(np.repeat(np.array([0, *[kind for _, kind in document]], np.uint8), lengths))
+        n += len(tokens[-1])
+    return tokens, np.concatenate(kinds)
 
 
 def prepare_demo(
-    folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, dirty=1, vocab=768, n_sft=1000
+    folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, dirty=1, mix=0.6, vocab=768
 ):
     """Write the demo: n_ref clean problems, pages of n_train tokens, 500 held-out questions.
+
     wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside
-    each problem. The rest does not depend on them. kinds.npz: which of KINDS each token is."""
+    each problem. mix: clean share of mixed.bin. kinds.npz: which of KINDS each token is.
+    """
     rng = random.Random(seed)
     held = {}
     while len(held) < 500:
-        question, segments = problem(rng)
-        held[question] = segments
-    towns = make_towns(rng)
-    clean_text = [fresh_problem(rng, held) for _ in range(n_ref)]
+        question, worked, _ = problem(rng)
+        held[question] = worked
+    towns = [make_town(rng) for _ in range(400)]
+    clean = [fresh_problem(rng, held) for _ in range(n_ref)]
+    val = [[(f"Question: {question}\nAnswer:{held[question]}", 0)] for question in held]
     # The tokenizer sees pages as they are by default, so that it does not depend on the knobs.
     usual_pages = pages(random.Random(seed + 1), held, towns, 0.75, 1)
-    spec = demo_tokenizer([*clean_text[:1500], *islice(usual_pages, 300)], vocab)
-    encoding = get_tokenizer(spec)
+    spec = demo_spec([*clean[:1500], *islice(usual_pages, 300)], vocab)
+    tokenizer = get_tokenizer(spec)
     corpus = pages(random.Random(seed + 2), held, towns, wrong, dirty)
-    splits = {  # written in this order: val_corpus goes on where train ends
-        "ref": (iter(clean_text), np.inf),
-        "train": (corpus, n_train),
-        "val": (iter(held.values()), np.inf),
-        "val_corpus": (corpus, n_train // 40),
-    }
-    meta = {"tokenizer": spec, "dtype": "uint16", "kinds": KINDS, "seed": seed}
-    meta.update(wrong=wrong, dirty=dirty, tokens={}, documents={}, sources=[])
     command = f"python prepare_data.py --seed {seed} --n_ref {n_ref} --max_tokens {n_train}"
-    meta["command"] = f"{command} --wrong {wrong} --dirty {dirty} --out {folder}"
+    command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {folder}"
+    meta = {**new_meta(spec, seed, command), "kinds": KINDS}
+    splits = {  # made in this order: val_corpus goes on where train ends
+        "ref": demo_tokens(iter(clean), tokenizer),
+        "train": demo_tokens(corpus, tokenizer, n_train),
+        "val": demo_tokens(iter(val), tokenizer),
+        "val_corpus": demo_tokens(corpus, tokenizer, n_train // 40),
+    }
+    rng = random.Random(seed + 3)
+    pairs = [demo_pair(*fresh_problem(rng, held)[0]) for _ in range(1000)]
     with new_folder(folder) as work:
-        kinds = {}
-        for name, (documents, limit) in splits.items():
-            tokens, kinds[name] = demo_tokens(documents, encoding, limit)
-            tokens.tofile(work / f"{name}.bin")
-            meta["tokens"][name] = len(tokens)
-            meta["documents"][name] = int((tokens == spec["eot"]).sum())
-        np.savez(work / "kinds.npz", **kinds)
-        answers = [segments[0][0].partition("\nAnswer: ")[2] for segments in held.values()]
-        write_questions(work, dict(zip(held, answers, strict=True)))
-        pairs = demo_pairs(random.Random(seed + 3), held, n_sft)
-        write_answers(work, pairs, encoding, meta)
+        for split, (tokens, _) in splits.items():
+            write_split(work, split, tokens, meta)
+        np.savez(work / "kinds.npz", **{split: kinds for split, (_, kinds) in splits.items()})
+        if mix:
+            write_split(work, "mixed", mixed_documents(work, meta, mix), meta)
+        write_questions(work, {question: held[question].strip(" ") for question in held})
+        write_answers(work, pairs, tokenizer, meta)
         publish(work, folder, meta)
 
 
-def demo_pairs(rng, held, n):
-    """n clean problems for fine-tuning, as Documents of question and answer."""
-    for _ in range(n):
-        prompt, seam, answer = fresh_problem(rng, held)[0][0].partition("\nAnswer:")
-        yield Document(prompt + seam + answer, segments=[(prompt + seam, False), (answer, True)])
+def demo_pair(text, _):
+    """A problem for fine-tuning: a Document of question and answer."""
+    question, seam, answer = text.partition("\nAnswer:")
+    parts = [(question + seam, False), (answer, True)]
+    return Document(text, parts, Source("sft", "demo"))
 
 
-# ---- A small tokenizer ----
+# ==== What all four scripts share =================================================================
 
 
-def train_bpe(text, size, pattern):
-    """Tokens by rank of a byte pair encoding: the bytes, then the commonest pair, and so on."""
-    ranks = [bytes([byte]) for byte in range(256)]
-    counts = Counter(regex.findall(pattern, text))
-    # A word is a string with one character for each token: chr of the token's rank.
-    words = [(word.encode().decode("latin-1"), n) for word, n in counts.items()]
-    while len(ranks) < size:
-        pairs = Counter()
-        for word, n in words:
-            for pair in pairwise(word):
-                pairs[pair] += n
-        if not pairs:
-            raise InputError(f"--train_tokenizer: this text makes {len(ranks)} tokens, no more")
-        a, b = max(pairs, key=pairs.get)
-        words = [(word.replace(a + b, chr(len(ranks))), n) for word, n in words]
-        ranks.append(ranks[ord(a)] + ranks[ord(b)])
-    return ranks
-
-
-def train_tokenizer(args, sources):
-    """Write args.out/meta.json for --tokenizer, of the first 2,000 documents of the files.
-
-    The vocabulary matrix is most of a small model: of gpt2's 50,257 tokens, 85 % of its work.
-    """
-    documents = islice(read_role(sources, "files", args), 2000)
-    text = "\n".join(document.text for document in documents)
-    ranks = train_bpe(text, args.train_tokenizer - 1, PATTERN)
-    spec = ranks_spec("bpe", ranks, args.train_tokenizer)
-    with new_folder(args.out) as work:
-        publish(work, args.out, {"tokenizer": spec, "dtype": "uint16", "tokens": {}})
-
-
-# ---- What all four scripts share ----
-
-
-class InputError(ValueError):
-    """Something the user can fix: one line naming file or flag. Scripts print it and exit 2."""
-
-
-class OneLineParser(ArgumentParser):
-    """Says in one line what is wrong with a flag, without the whole usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}. See python {self.prog} -h\n")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Raised on a signal; args[0] is its number."""
-
-
-def raise_interrupted(number, frame):
-    raise Interrupted(number)
+def run_script(main):
+    """main(), where Ctrl-C, a full disk, a missing file, ... end in one line and no traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # a `| head` has seen enough
+        # Python would flush to the closed pipe once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 @contextmanager
-def catch_signals(handler):
-    """Ctrl-C and SIGTERM call `handler` inside the with block."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def one_line(where, remedy):
+    """What goes wrong inside ends the script: where, what it was, what helps."""
     try:
         yield
-    finally:
-        for number, old_handler in before.items():
-            signal.signal(number, old_handler)
-
-
-@contextmanager
-def only_writer(path, wait=False, remedy="give a --name"):
-    """Hold PATH.lock inside the with block. While another process holds it: wait, or InputError."""
-    if fcntl is None:
-        yield
-        return
-    lock_path = Path(f"{path}.lock")
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(lock_path, wait, remedy)
-    try:
-        yield
-    finally:
-        lock_path.unlink(missing_ok=True)
-        os.close(lock)
-
-
-def take_lock(path, wait, remedy):
-    """A file descriptor that holds the lock. Its end comes with the process, also after a crash."""
-    how = fcntl.LOCK_EX
-    if not wait:
-        how |= fcntl.LOCK_NB
-    while True:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, how)
-        except BlockingIOError as error:
-            os.close(lock)
-            run = path.with_suffix("")
-            raise InputError(f"{run} is being written by another run: {remedy}") from error
-        # The holder before may have deleted the file after we opened it. A lock on a deleted file
-        # keeps nobody out: try again.
-        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)
+    except Exception as error:  # those of zlib, pyarrow, tokenizers, ... have nothing in common
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        sys.exit(f"{where}: {why}. {remedy}")
 
 
 @contextmanager
@@ -1464,15 +1109,13 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write does not know its file's name
-        raise
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         # torch.save hides the OSError that a full disk is in a RuntimeError.
-        if isinstance(error.__context__, OSError):
-            error.__context__.filename = str(path)
-            raise error.__context__ from None
-        raise
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        cause.filename = cause.filename or str(path)  # a write does not know its file's name
+        raise cause from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1486,105 +1129,61 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-# ---- The command line ----
+# ==== The command line ============================================================================
 
 
-def make_parser():
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     raw = RawDescriptionHelpFormatter
-    parser = OneLineParser("prepare_data.py", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("prepare_data.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     paths = {"nargs": "+", "metavar": "PATH", "default": []}
     add("--reference", **paths, help="clean text: the target")
     add("--corpus", **paths, help="the noisy text")
     add("--val", **paths, help="held-out target text; otherwise it is split off the reference")
     add("--sft", **paths, help="questions with answers, or chats, to fine-tune on the answers")
+    add("--questions", **paths, help="evaluation questions, to be kept out of all text")
     add("--recipe", choices=["math", "general"], help="the paper's sets from the hub, not PATHs")
     add("--out", help="folder to write (default: data/RECIPE, data/mine or data/demo)")
-    add("--field", default="text", help="the field(s) of a row with the text, if no PATH::FIELD")
-    add("--separator", help="what stands between documents in a .txt or .md; \\n is a line end")
-    add(
-        "--tokenizer",
-        default="gpt2",
-        help="name in tiktoken, FOLDER/meta.json for the same, or a tokenizer.json or its folder",
-    )
-    add("--max_tokens", type=float, metavar="N", help="stop the corpus here; 1e9 is a number")
-    add("--val_docs", type=int, default=500, metavar="N", help="documents split off, at most")
-    add("--questions", **paths, help="questions (answers if there are) to keep out of all text")
-    add("--keep_contaminated", action="store_true", help="count documents with questions, no more")
+    names = "a name in tiktoken, a folder with tokenizer.json, FOLDER/meta.json for the same, or "
+    add("--tokenizer", default="gpt2", help=f"{names}4096: a new one of so many tokens")
+    add("--max_tokens", type=float, help="of the corpus; 1e9 is a number (demo: 3.2e6)")
+    add("--val_docs", type=int, default=500, help="documents split off, at most")
+    add("--mix", type=float, help="write mixed.bin with this share of clean tokens (demo: 0.6)")
     add("--skip_bad", action="store_true", help="skip and count rows that cannot be read")
-    add("--dry_run", action="store_true", help="show what would be read, and write nothing")
     add("--seed", type=int, default=1337, help="of the splits, and of the demo")
     add("--n_ref", type=int, default=5000, help="demo: clean problems for the reference")
     add("--wrong", type=float, default=0.75, help="demo: share of wrong answers on the pages")
     add("--dirty", type=int, default=1, help="demo: pieces of dirt beside each problem")
-    add("--train_tokenizer", type=int, metavar="SIZE", help="make a tokenizer of FILES instead")
-    add("files", **{**paths, "nargs": "*"}, help="for --train_tokenizer alone")
-    return parser
-
-
-def check_flags(args):
-    """InputError for a number out of its range, and for flags that do not go together."""
-    ranges = {
-        "max_tokens": (1, 1e15),
-        "val_docs": (1, 1e9),
-        "n_ref": (1, 1e9),
-        "wrong": (0, 1),
-        "dirty": (0, 1000),
-        "train_tokenizer": (258, 1 << 16),
-    }
-    for name, (least, most) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:  # nan is in no range
-            raise InputError(f"--{name} {value:g} is not from {least:g} to {most:g}")
-    if args.max_tokens:
-        args.max_tokens = int(args.max_tokens)
-    if args.recipe and (args.reference or args.corpus):
-        raise InputError("--recipe brings its own text: leave out --reference and --corpus")
-    if bool(args.files) != bool(args.train_tokenizer):
-        raise InputError(f"--train_tokenizer SIZE goes with FILES; got {args.files}")
-    text = args.recipe or args.reference or args.corpus
-    for flag in ("val", "sft", "questions", "dry_run"):
-        if getattr(args, flag) and not text:
-            raise InputError(f"--{flag} goes with --reference and --corpus")
-    for flag in ("reference", "corpus"):
-        if text and not args.recipe and not getattr(args, flag):
-            raise InputError(f"--{flag} PATH is missing")
-
-
-def run(args, command):
-    check_flags(args)
-    sources = find_sources(args)
-    if args.train_tokenizer:
-        train_tokenizer(args, sources)
-    elif not sources:
-        n_train = args.max_tokens or 3_200_000
-        prepare_demo(args.out, args.seed, args.n_ref, n_train, args.wrong, args.dirty)
-    elif args.dry_run:
-        preview(sources, args)
-    else:
-        prepare_text(args, sources, command)
-    if not args.dry_run:
-        for source in sources:
-            counts = [f"{source.counts[key]:,} {key}" for key in COUNTED]
-            print(f"{source.role} {source.name}: {', '.join(counts)}")
-        print(f"{args.out} is written")
-
-
-def main(argv):
-    parser = make_parser()
     args = parser.parse_args(argv)
-    if not args.out:
-        args.out = "data/" + (args.recipe or ("mine" if args.reference else "demo"))
-    if args.separator:
-        args.separator = args.separator.replace("\\n", "\n")
-    try:
-        with catch_signals(raise_interrupted):
-            run(args, " ".join(["python prepare_data.py", *argv]))
-    except (InputError, OSError) as error:  # OSError: a full disk, a folder that is read-only
-        parser.exit(2, f"{error}; {args.out} is not written\n")
-    except Interrupted as error:
-        parser.exit(128 + error.args[0], f"interrupted; {args.out} is not written\n")
+
+    own = args.reference or args.corpus
+    is_demo = not own and not args.recipe
+    if args.max_tokens is None:
+        args.max_tokens = 3.2e6 if is_demo else math.inf
+    if args.mix is None:
+        args.mix = 0.6 if is_demo else 0
+    # Comparisons with nan are false.
+    if not (args.max_tokens >= 1 and args.val_docs >= 1 and args.n_ref >= 1 and args.dirty >= 0):
+        parser.error("--max_tokens, --val_docs and --n_ref are at least 1, --dirty 0")
+    if not (0 <= args.mix < 1 and 0 <= args.wrong <= 1):
+        parser.error("--mix is from 0 to less than 1, --wrong from 0 to 1")
+    if args.recipe and own:
+        parser.error("--recipe brings its own text: leave out --reference and --corpus")
+    if own and not (args.reference and args.corpus):
+        parser.error("text of your own is --reference PATH and --corpus PATH: one is missing")
+    if is_demo and (args.val or args.sft or args.questions):
+        parser.error("--val, --sft and --questions go with --reference and --corpus")
+    args.out = args.out or f"data/{args.recipe or ('demo' if is_demo else 'mine')}"
+    if is_demo:
+        numbers = (args.seed, args.n_ref, int(args.max_tokens), args.wrong, args.dirty, args.mix)
+        prepare_demo(args.out, *numbers)
+    else:
+        sources = find_sources(args)
+        prepare_text(args, sources, " ".join(["python prepare_data.py", *argv]))
+        print(*chain(*sources.values()), sep="\n")
+    print(f"{args.out} is written")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)
