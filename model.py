@@ -18,14 +18,14 @@ import re
 import sys
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prepare_data import get_tokenizer, one_line, run_script, tokenizer_spec, whole_file
+from prepare_data import get_tokenizer, one_line, run_script, tokenizer_spec
 
 # ==== the network =================================================================================
 
@@ -55,15 +55,14 @@ class GPTConfig:
             sys.exit(f"n_head {self.n_head} has to be a multiple of n_kv_head, and head_dim even")
 
 
-def rotary_tables(config):
-    """cos and sin of the angle of each position and each pair of channels: (2, block_size, D/2)."""
+def rotary_angles(position, config):
+    """cos and sin, (B, 1, T, D/2) each, of the angles for position (B, T) and channel pair."""
     D = config.head_dim
-    # On the CPU even where `model_with` builds everything else on the meta device.
-    speed = config.rope_theta ** (torch.arange(0, -D, -2, device="cpu") / D)  # (D/2,)
+    speed = config.rope_theta ** (torch.arange(0, -D, -2, device=position.device) / D)  # (D/2,)
     if config.rope_scaling:
         speed = scale_rotary(speed, config.rope_scaling)
-    angle = torch.arange(config.block_size, device="cpu")[:, None] * speed
-    return torch.stack((angle.cos(), angle.sin()))
+    angle = position[:, None, :, None] * speed
+    return angle.cos(), angle.sin()
 
 
 def scale_rotary(speed, scaling):
@@ -79,9 +78,8 @@ def scale_rotary(speed, scaling):
     return slow.lerp(speed, share.clamp(0, 1))
 
 
-def rotate(x, rotary):
-    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its angle."""
-    cos, sin = rotary  # (B, T, 1, D/2) each
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its angle."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -114,12 +112,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask, cache):
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))
-        k = self.k_norm(self.k_proj(x).view(heads))
-        q = rotate(q, rotary).transpose(1, 2)  # (B, H, T, D)
-        k = rotate(k, rotary).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, G, T, D)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # (B, H, T, D) and twice (B, G, T, D)
+        q, k, v = [
+            project(x).view(B, T, -1, self.head_dim).transpose(1, 2) for project in projections
+        ]
+        q = rotate(self.q_norm(q), *rotary)
+        k = rotate(self.k_norm(k), *rotary)
         if cache is not None:
             S = mask.shape[-1]
             cache[:, :, :, S - T : S] = torch.stack((k, v))
@@ -164,7 +163,6 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("rotary", rotary_tables(config), persistent=False)
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 # What adds to the residual stream starts smaller, as in GPT-2.
@@ -184,9 +182,8 @@ class GPT(nn.Module):
         """
         T = tokens.shape[1]
         S = start + T
-        assert self.config.block_size >= S, "more tokens than block_size"
         position = torch.arange(S, device=tokens.device)[None] - pad  # (1, S) or (B, S)
-        rotary = self.rotary[:, position[:, start:].clamp(min=0), None]  # (2, B, T, 1, D/2)
+        rotary = rotary_angles(position[:, start:], self.config)
         window = self.config.window
         mask = None  # each sees all that stands before it
         if cache is not None or 0 < window < S:
@@ -214,13 +211,13 @@ def generate(gpt, prompts, max_new_tokens, stop=()):
     size = max(lengths) + max_new_tokens
     if not all(lengths) or size > gpt.config.block_size:
         raise ValueError(f"a prompt is empty, or {size} tokens do not fit block_size")
-    device = gpt.rotary.device
+    device = gpt.lm_head.weight.device
     prompts = [torch.tensor(prompt, device=device) for prompt in prompts]
     # (b, T), of the b rows in the batch
     tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
     pad = max(lengths) - torch.tensor(lengths, device=device)[:, None]  # (b, 1)
     room = (2, len(prompts), gpt.config.n_kv_head, size, gpt.config.head_dim)
-    cache = [gpt.rotary.new_empty(room) for _ in gpt.layers]
+    cache = [gpt.lm_head.weight.new_empty(room) for _ in gpt.layers]
     start = 0
     rows = list(range(len(prompts)))  # which prompts the rows of the batch are
     ended = set()
@@ -282,9 +279,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix):
     """The same singular vectors, with all singular values near 1: five Newton-Schulz steps."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T  # the products below are smaller this way
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x  # the products below are smaller this way
     x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
     # Each step makes a*s + b*s^3 + c*s^5 of every singular value s. These coefficients lift small
     # ones fastest; in the end all lie between 0.7 and 1.2, which serves as well as 1.
@@ -293,7 +290,7 @@ def orthogonal(matrix):
         square = x @ x.T
         factor = torch.addmm(square, square, square, beta=b, alpha=c)  # b * square + c * square^2
         x = torch.addmm(x, factor, x, beta=a)  # a * x + factor @ x
-    return x.T if tall else x
+    return x
 
 
 def make_optimizers(model, name, lr, weight_decay):
@@ -368,7 +365,7 @@ def check_rows(model, spec, path):
 
 def weights_hash(model):
     """A hexadecimal string that stands for the configuration and every weight."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
+    digest = hashlib.sha256(json.dumps(vars(model.config)).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -453,8 +450,8 @@ def shape_from_hf(settings):
     settings.setdefault("rope_type", settings.get("type", "default"))
     rope_keys = ROPE_KEYS[settings["rope_type"]].split()
     settings["rope_scaling"] = {key: settings[key] for key in rope_keys} or None
-    if family != "mistral":
-        settings["sliding_window"] = 0  # the others ignore it
+    if family != "mistral" or settings["sliding_window"] is None:
+        settings["sliding_window"] = 0  # other families ignore it
     shape = {field: settings[key] for field, key in HF_NAMES.items()}
     return shape | {"qk_norm": family == "qwen3", "qkv_bias": family == "qwen2"}
 
@@ -490,31 +487,24 @@ def save_hf(model, folder, spec=None):
 
     Exits if GPT's shape is that of no family, or the folder holds something else.
     """
-    from safetensors.torch import save
-
-    config = config_to_hf(model.config)
+    files = tokenizer_files(spec) if spec else {}
+    files["config.json"] = config_to_hf(model.config)
     weights = {}
     for name, p in model.named_parameters():  # a tied head comes once, as the embedding
         weights[name if name.startswith("lm_head") else f"model.{name}"] = p.detach()
-    files = {"model.safetensors": save(weights, {"format": "pt"})}
-    if spec is not None:
-        files |= tokenizer_files(spec)
-    # Written last: a folder without config.json is no model, so half an export is taken for none.
-    files["config.json"] = json_bytes(config)
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.iterdir():
-        if other.name.removesuffix(".tmp") not in files:
-            sys.exit(f"{other} is not part of this export: choose a folder of its own")
-    (folder / "config.json").unlink(missing_ok=True)
-    for name, content in files.items():
-        with whole_file(folder / name) as file:
-            file.write(content)
+    with one_line(folder, "Is the disk full? It needs: pip install safetensors"):
+        from safetensors.torch import save_file
 
-
-def json_bytes(content):
-    return json.dumps(content, indent=1).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.iterdir():
+            if other.name not in {"model.safetensors", *files}:
+                sys.exit(f"{other} is not part of this export: choose a folder of its own")
+        # Without config.json, which is written last, half an export is taken for none.
+        (folder / "config.json").unlink(missing_ok=True)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=1))
 
 
 def config_to_hf(config):
@@ -534,7 +524,7 @@ def config_to_hf(config):
 
 
 def tokenizer_files(spec):
-    """{file name: bytes} for AutoTokenizer, and where generate stops."""
+    """{file name: content} for AutoTokenizer, and for the stops of `generate` in transformers."""
     from tokenizers import processors
 
     ours = get_tokenizer(spec)
@@ -556,9 +546,9 @@ def tokenizer_files(spec):
     # Every id at which eval_math.py stops, so that transformers' generate stops where ours does.
     generation = {"eos_token_id": sorted(ours.stops), "pad_token_id": ours.eot}
     return {
-        "tokenizer.json": theirs.to_str().encode(),
-        "tokenizer_config.json": json_bytes(settings),
-        "generation_config.json": json_bytes(generation),
+        "tokenizer.json": json.loads(theirs.to_str()),
+        "tokenizer_config.json": settings,
+        "generation_config.json": generation,
     }
 
 
@@ -567,13 +557,13 @@ def tokenizer_of(encoding):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     ranks = encoding._mergeable_ranks  # {bytes: id}
-    special = encoding._special_tokens
+    special = encoding._special_tokens  # {text: id}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # Byte-level BPE spells each byte as a letter: itself if it is printable, else one beyond 255.
     alphabet = sorted(byte_level.alphabet())
     order = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
     letters = dict(zip(order, alphabet, strict=True))
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
     # As in tiktoken, any two neighbors that are a token together join, the lowest rank first.
     merges = []
     for token in sorted(ranks, key=ranks.get):

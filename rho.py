@@ -335,7 +335,10 @@ def train(cfg):
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state |= {"identity": identity, "tokenizer": meta["tokenizer"], "records": records}
             state |= {"step": step + 1, "steps": cfg.steps, "sums": sums}
-            save_run(path, state)
+            # The checkpoint first: a run that is killed in between writes its log when resumed.
+            with whole_file(path) as file:
+                torch.save(state, file)
+            write_log(path, records)
             last_save = time.time()
 
 
@@ -433,6 +436,14 @@ def open_run(path, identity, restart):
     return saved
 
 
+def write_log(path, records):
+    """NAME.jsonl beside NAME.pt: what is run, then a line for each evaluation."""
+    if RANK == 0:
+        with whole_file(path.with_suffix(".jsonl")) as file:
+            for record in records:
+                file.write(f"{json.dumps(record)}\n".encode())
+
+
 # ==== data ========================================================================================
 
 
@@ -515,8 +526,9 @@ def score_corpus(cfg, meta, reference, inputs, targets):
     folder.mkdir(parents=True, exist_ok=True)
 
     with FileLock(folder / "lock") if RANK == 0 else nullcontext():
-        files = {name: folder / f"{name}.f16" for name in NEEDS[cfg.select]}
-        scores = {name: open_scores(path, inputs.shape) for name, path in files.items()}
+        scores = {
+            name: open_scores(folder / f"{name}.f16", inputs.shape) for name in NEEDS[cfg.select]
+        }
         for step in progress_bar(range(cfg.steps), f"scores by {cfg.reference}"):
             for part in parts(cfg, step, len(inputs)):
                 for name, values in scores.items():
@@ -635,23 +647,6 @@ def held_out_loss(cfg, meta, model, split):
         loss = F.cross_entropy(logits[0], take(targets, window, cfg), reduction="none")
         losses.append(loss.cpu())
     return torch.stack(losses)
-
-
-# ==== saving ======================================================================================
-
-
-def save_run(path, state):
-    # The checkpoint first: a run that is killed in between writes its log when it is resumed.
-    with whole_file(path) as file:
-        torch.save(state, file)
-    write_log(path, state["records"])
-
-
-def write_log(path, records):
-    if RANK == 0:
-        with whole_file(path.with_suffix(".jsonl")) as file:
-            for record in records:
-                file.write(f"{json.dumps(record)}\n".encode())
 
 
 # ==== the table ===================================================================================

@@ -1,407 +1,168 @@
-"""How fast: ratios of this code to another way of doing the same thing.
+"""What each part costs, as ratios: both sides in one run, in turns, so that noise meets both.
 
-    python results/bench.py                    all of them, about half an hour on two quiet cores
-    python results/bench.py step generate      the groups whose names begin so (-h: the names)
-    python results/bench.py --against FOLDER   steps, scoring and generation of this checkout over
-                                               those of another one, of an older commit for example
-    python results/bench.py --quick            tiny sizes, once each: does every measurement run?
+    python results/bench.py             prints the rows, and writes them to results/bench.jsonl
 
-Both sides of a ratio run in turn, and the median of the pairs' ratios is taken: a noisy machine
-blurs a ratio but does not shift it, while a time in seconds would mean little. Each ratio is
-written to results/bench.jsonl once it is known, the growth with the sizes to results/growth.jsonl.
---quick and --against write nothing.
+A row is the median over pairs of times. An ordinary step is forward, mean of the loss, backward and
+the optimizers; a step of SLM also scores, selects and divides, with stored reference losses.
 """
 
-import argparse
 import json
 import os
 import platform
-import random
+import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.profiler import profile
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
-import growth  # noqa: E402
-from contenders import RATIO, Generation, Layer, Scoring, Steps, sizes_of  # noqa: E402
-from tokens_page import demo_tokenizer  # noqa: E402
+import rho  # noqa: E402
+from model import GPT, GPTConfig, generate, make_optimizers, save_hf  # noqa: E402
 
-import prepare_data  # noqa: E402
+# (blocks, heads, channels, inner, vocabulary, tokens in a window, windows)
+SHAPES = {
+    "demo": (3, 4, 128, 384, 768, 128, 8),
+    "6 x 384": (6, 6, 384, 1024, 50_304, 256, 4),
+    "12 x 768": (12, 12, 768, 2048, 50_304, 256, 2),
+}
+# Makes a processor with AVX-512 and bfloat16 compute like most laptops.
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
-def alternate(ours, other, repeat):
-    """Times of ours over times of other, pair by pair; who begins changes from pair to pair."""
-    ours()
-    other()  # both are warm now
+class Bench:
+    """A model of one shape with random text, its optimizers and a reference."""
+
+    def __init__(self, shape):
+        n_layer, n_head, n_embd, n_inner, n_vocab, T, B = SHAPES[shape]
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_inner": n_inner}
+        config = GPTConfig(n_vocab, T, **sizes)
+        torch.manual_seed(0)
+        self.model, self.reference = GPT(config), GPT(config).eval()
+        self.optimizers = make_optimizers(self.model, "muon", 1e-4, 0.1)
+        self.x = torch.randint(n_vocab, (B, T))
+        self.y = torch.randint(n_vocab, (B, T))
+        self.ref_loss = self.score()
+
+    @torch.no_grad()
+    def score(self):
+        return rho.token_loss(self.reference(self.x), self.y)
+
+    @torch.no_grad()
+    def forward(self):
+        return self.reference(self.x)
+
+    def backward(self):
+        rho.token_loss(self.model(self.x), self.y).mean().backward()
+
+    def optimize(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def plain(self):
+        self.backward()
+        self.optimize()
+        self.model.zero_grad()
+
+    def slm(self):
+        student_loss = rho.token_loss(self.model(self.x), self.y)
+        score = rho.score_tokens("excess", student_loss, self.ref_loss)
+        mask = rho.select_tokens(score, 0.5)
+        loss_sum, mask_sum = rho.selective_loss(student_loss, mask)
+        loss_sum.backward()
+        for p in self.model.parameters():
+            p.grad /= mask_sum
+        self.optimize()
+        self.model.zero_grad()
+
+    def slm_online(self):
+        self.ref_loss = self.score()
+        self.slm()
+
+
+def ratio(a, b, seconds=12):
+    """The median of a's time over b's, each pair measured one after the other."""
     ratios = []
-    for i in range(repeat):
-        order = [ours, other] if i % 2 else [other, ours]
-        seconds = {}
-        for function in order:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ratios) < 5:
+        times = []
+        for function in (a, b):
             start = time.perf_counter()
             function()
-            seconds[function] = time.perf_counter() - start
-        ratios.append(seconds[ours] / seconds[other])
-    return ratios
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios[1:])  # the first pair warms up
 
 
-def inverse(ratios):
-    """Ratios of rates, from those of times."""
-    return [1 / ratio for ratio in ratios]
+def generation(folder):
+    """Our greedy generation over that of transformers, the same weights and prompts."""
+    from transformers import AutoModelForCausalLM
+
+    model = Bench("demo").model.eval()
+    save_hf(model, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    prompts = torch.randint(700, (64, 48))
+    length = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    everything = torch.ones_like(prompts)
+    return ratio(
+        lambda: generate(model, prompts.tolist(), 64),
+        lambda: theirs.generate(prompts, attention_mask=everything, **length),
+    )
 
 
-def peak_bytes(function):
-    """The most bytes that a function holds at once, beyond what was there, by torch's count."""
-    function()
-    with profile(profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = []
-    for event in events:
-        if event["name"] == "[memory]":
-            found = event["args"]
-            held.append((event["ts"], found["Total Allocated"], found["Bytes"]))
-    held.sort()
-    _, first_total, first_change = held[0]
-    before = first_total - first_change
-    return max(total for _, total, _ in held) - before
+def alone(row, environment):
+    """A row that needs a process of its own: its number."""
+    command = [sys.executable, __file__, row]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return float(done.stdout)
 
 
-# ---- the measurements: each yields (name, ratios) ------------------------------------------------
+def peak_memory(step):
+    bench = Bench("6 x 384")
+    for _ in range(3):
+        getattr(bench, step)()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def step(shape, repeat, quick):
-    """Ours, SLM and CLM, over plain CLM; and SLM over SLM with the reference run online."""
-    steps = Steps(sizes_of(shape, quick))
-    yield f"step_slm_over_plain {shape}", alternate(steps.our_slm, steps.plain_clm, repeat)
-    yield f"step_slm_over_online_ref {shape}", alternate(steps.our_slm, steps.online_slm, repeat)
-    yield f"step_clm_over_plain {shape}", alternate(steps.our_clm, steps.plain_clm, repeat)
+def optimizer_share():
+    bench = Bench("demo")
+    bench.backward()  # so that there are gradients
+    return ratio(bench.optimize, bench.backward)
 
 
-def compiled(repeat, quick):
-    """The demo's SLM step with a compiled model over the one without, once it is warm."""
-    eager = Steps(sizes_of("demo", quick))
-    other = Steps(sizes_of("demo", quick))
-    backend = "eager" if quick else "inductor"
-    other.trunk = torch.compile(other.model, backend=backend)
-    yield "step_compiled_over_eager demo", alternate(other.our_slm, eager.our_slm, repeat)
-
-
-def recompute(repeat, quick):
-    """The SLM step with --recompute over the one without: memory and time."""
-    keeping = Steps(sizes_of("6x384", quick))
-    other = Steps(sizes_of("6x384", quick))
-    other.model.recompute = True
-    memory = peak_bytes(other.our_slm) / peak_bytes(keeping.our_slm)
-    yield "step_memory_recompute_over_keeping 6x384", [memory]
-    ratios = alternate(other.our_slm, keeping.our_slm, repeat)
-    yield "step_time_recompute_over_keeping 6x384", ratios
-
-
-def loss(repeat, quick):
-    """The loss alone, with the logits kept and computed again, over the plain loss."""
-    layer = Layer(sizes_of("6x384", quick))
-    plain = peak_bytes(layer.plain)
-    for form, ours in [("", layer.ours), ("_recomputing", layer.ours_recomputing)]:
-        yield f"loss_memory{form}_over_plain 6x384", [peak_bytes(ours) / plain]
-        yield f"loss_time{form}_over_plain 6x384", alternate(ours, layer.plain, repeat)
-
-
-def peak(repeat, quick):
-    """Products of our SLM step per second, over the most that matrix products reach here."""
-    sizes = sizes_of("6x384", quick)
-    steps = Steps(sizes)
-    n = 64 if quick else 2048
-    matrix = torch.randn(n, n)
-
-    def products():
-        for _ in range(4):
-            matrix @ matrix
-
-    # Multiplications for one token. Attention is causal: on average it sees half of T positions.
-    inside = sum(p.numel() for p in steps.model.layers.parameters() if p.dim() == 2)
-    attention = 2 * sizes.n_layer * sizes.n_embd * sizes.T / 2
-    head = sizes.V * sizes.n_embd
-    forward = inside + attention + head
-    gradient = 2 * (inside + attention + RATIO * head)
-    multiplications = sizes.B * sizes.T * (forward + gradient)
-    least = multiplications / (4 * n**3)  # the step's least time, in times of `products`
-    ratios = alternate(steps.our_slm, products, repeat)
-    yield "fraction_of_peak 6x384", [least / ratio for ratio in ratios]
-
-
-# torch's names of operations, without the underscore of those that work in place.
-KINDS_OF_WORK = {
-    "matrix products": ["mm", "addmm", "bmm", "baddbmm"],
-    "attention": [
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-    ],
-    "exp, log-sum-exp": ["exp", "log", "logsumexp", "logaddexp"],
-    "gather, scatter, top k": [
-        "gather",
-        "scatter_add",
-        "index",
-        "index_put",
-        "_index_put_impl",
-        "index_select",
-        "embedding_dense_backward",
-        "nonzero",
-        "topk",
-        "where",
-    ],
-}
-OTHER_WORK = "norms, SwiGLU, rotary, copies"
-
-
-def kind_of_work(event):
-    """Which of KINDS_OF_WORK an operation of torch belongs to: it, or what it is a part of.
-
-    Names are compared whole: "exp" is in "expand", and "index" in much.
-    """
-    while event is not None:
-        name = event.name.removeprefix("aten::").removesuffix("_")
-        for kind, names in KINDS_OF_WORK.items():
-            if name in names:
-                return kind
-        event = event.cpu_parent
-    return OTHER_WORK
-
-
-def shares(repeat, quick):
-    """What our SLM step spends its time on; of one step, whatever `repeat` is."""
-    steps = Steps(sizes_of("6x384", quick))
-    steps.our_slm()
-    with profile() as profiler:
-        steps.our_slm()
-    spent = dict.fromkeys([*KINDS_OF_WORK, OTHER_WORK], 0.0)
-    for event in profiler.events():
-        spent[kind_of_work(event)] += event.self_cpu_time_total
-    for kind, seconds in spent.items():
-        yield f"share of the SLM step 6x384: {kind}", [seconds / sum(spent.values())]
-
-
-def score(repeat, quick):
-    """Scoring the corpus, over the same model's forward pass and logits."""
-    scoring = Scoring(sizes_of("6x384", quick))
-    ratios = alternate(scoring.ours, scoring.forward, repeat)
-    yield "score_rate_over_forward 6x384", inverse(ratios)
-
-
-def generate(repeat, quick):
-    """Greedy answers with the cache, over those without."""
-    answers = Generation("6x384", 32, 128, quick)
-    ratios = alternate(answers.ours, answers.uncached, repeat)
-    yield "generate_rate_over_uncached 32 rows 6x384", inverse(ratios)
-
-
-def transformers(shape, new, repeat, quick):
-    """Greedy answers, over transformers' generate on the same weights, which must say the same.
-
-    Where no answer ends, and where answers "that end" leave our batch.
-    """
-    batches = [32] if quick else [32, 128]
-    for rows in batches:
-        for often in (False, True):
-            answers = Generation(shape, rows, new, quick, often)
-            answers.load_transformers()
-            ratios = alternate(answers.ours, answers.transformers, repeat)
-            answers.check_same()
-            name = f"{rows} rows {shape}"
-            if often:
-                name += ", that end"
-            yield f"generate_rate_over_transformers {name}", inverse(ratios)
-            if not often:
-                ratios = alternate(answers.matrix_products, answers.ours, repeat)
-                yield f"share of generate: the new tokens' matrix products {name}", ratios
-
-
-def tokenise(repeat, quick):
-    """From text to a file of tokens, over tiktoken's own encoding of a batch."""
-    # gpt2's needs network, or tiktoken's cache of it.
-    encoding = demo_tokenizer() if quick else prepare_data.get_tokenizer({"name": "gpt2"})
-    words = []
-    for path in sorted(HERE.parent.glob("*.py")):
-        words += path.read_text().split()
-    rng = random.Random(0)
-    n_texts = 20 if quick else 3000
-    texts = [" ".join(rng.choices(words, k=800)) for _ in range(n_texts)]
-    documents = [prepare_data.Document(text) for text in texts]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.bin"
-
-        def ours():
-            prepare_data.write_tokens(path, iter(documents), encoding, np.dtype("<u2"))
-
-        def tiktoken():
-            encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-        ratios = alternate(ours, tiktoken, repeat)
-    yield "tokenise_rate_over_tiktoken", inverse(ratios)
-
-
-# {group: (its measurement, its arguments, repetitions)}
-GROUPS = {
-    "step demo": (step, ["demo"], 15),
-    "step 6x384": (step, ["6x384"], 7),
-    "step 12x768": (step, ["12x768"], 2),
-    "compile": (compiled, [], 15),
-    "loss": (loss, [], 7),
-    "recompute": (recompute, [], 5),
-    "peak": (peak, [], 7),
-    "shares": (shares, [], 1),
-    "score": (score, [], 7),
-    "generate": (generate, [], 2),
-    "transformers demo": (transformers, ["demo", 64], 5),
-    "transformers 6x384": (transformers, ["6x384", 128], 5),
-    "tokenise": (tokenise, [], 5),
-}
-
-
-# ---- two checkouts side by side ------------------------------------------------------------------
-
-AGAINST = {  # contender: repetitions
-    "step_slm demo": 31,
-    "step_clm demo": 31,
-    "step_slm 6x384": 11,
-    "step_clm 6x384": 11,
-    "score 6x384": 11,
-    "generate demo": 11,
-    "generate 6x384": 5,
-}
-
-
-class Worker:
-    """A process with the code of one checkout loaded, which runs contenders by name."""
-
-    def __init__(self, folder, quick):
-        command = [sys.executable, str(HERE / "contenders.py")]
-        if quick:
-            command.append("--quick")
-        env = {**os.environ, "BENCH_CODE": str(Path(folder).resolve())}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=env, **pipes)
-
-    def run(self, name):
-        """Run a contender once, and wait for it. While it waits, a worker takes no time."""
-        self.process.stdin.write(f"{name}\n")
-        self.process.stdin.flush()
-        if self.process.stdout.readline() != "done\n":
-            raise RuntimeError(f"the worker ended at {name}: its error stands above")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def against(folder, quick=False):
-    """Times of this checkout over those of another one, in turn: yields (name, ratios)."""
-    ours = Worker(HERE.parent, quick)
-    other = Worker(folder, quick)
-    try:
-        for name, repeat in AGAINST.items():
-            if quick:
-                repeat = 1
-            yield name, alternate(partial(ours.run, name), partial(other.run, name), repeat)
-    finally:
-        ours.close()
-        other.close()
-
-
-# ---- main ----------------------------------------------------------------------------------------
-
-
-def show(name, ratios):
-    median = statistics.median(ratios)
-    print(f"{name:60} {median:6.2f}   [{min(ratios):.2f}, {max(ratios):.2f}]", flush=True)
-
-
-def write_record(path, name, ratios):
-    """One more ratio in bench.jsonl, in the place of an older one of its name."""
-    records = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            records[record["name"]] = record
-    records[name] = {
-        "name": name,
-        "ratio": round(statistics.median(ratios), 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-        "cores": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "machine": platform.machine(),
-    }
-    with prepare_data.whole_file(path) as file:
-        for record in records.values():
-            file.write(f"{json.dumps(record)}\n".encode())
-
-
-def measure(wanted, quick, folder=HERE):
-    """Show the ratios of the groups whose names begin with one of `wanted`, and write them."""
-    groups = [group for group in GROUPS if group.startswith(wanted)]
-    path = folder / "bench.jsonl"
-    if not quick and len(groups) == len(GROUPS):
-        path.unlink(missing_ok=True)  # all anew: no ratio of an older commit stays
-    for group in groups:
-        measurement, arguments, repeat = GROUPS[group]
-        if quick:
-            repeat = 1
-        try:
-            for name, ratios in measurement(*arguments, repeat, quick):
-                show(name, ratios)
-                if not quick:
-                    write_record(path, name, ratios)
-        except (ImportError, prepare_data.InputError) as error:
-            print(f"{group}: skipped, {error}", flush=True)
-
-
-def measure_growth(quick, folder=HERE):
-    lines = []
-    for record in growth.measure(quick):
-        lines.append(json.dumps(record))
-        print(lines[-1], flush=True)
-    if not quick:
-        (folder / "growth.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=form)
-    names = [*GROUPS, "growth"]
-    help_groups = f"beginnings of: {', '.join(names)} (default: all)"
-    parser.add_argument("groups", nargs="*", help=help_groups)
-    parser.add_argument("--against", metavar="FOLDER", help="time this checkout over that one")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, once; writes nothing")
-    args = parser.parse_args(argv)
-    for group in args.groups:
-        if not any(name.startswith(group) for name in names):
-            parser.exit(2, f"bench.py: {group} is no group. There are: {', '.join(names)}\n")
-    if args.against:
-        if not Path(args.against, "rho.py").exists():
-            parser.exit(2, f"bench.py: --against {args.against}: no rho.py there\n")
-        for name, ratios in against(args.against, args.quick):
-            show(f"{name}: this over {args.against}", ratios)
+def main():
+    if sys.argv[1:]:
+        print(optimizer_share() if sys.argv[1] == "optimizer" else peak_memory(sys.argv[1]))
         return
-    wanted = tuple(args.groups) or ("",)
-    measure(wanted, args.quick)
-    if "growth".startswith(wanted):
-        measure_growth(args.quick)
+    from tempfile import TemporaryDirectory
+
+    rows = {"optimizer over forward and backward, AVX2, demo": alone("optimizer", AVX2)}
+    memory = alone("slm", {}) / alone("plain", {})
+    rows["memory of an SLM step over a plain one, 6 x 384"] = memory
+    for shape in SHAPES:
+        bench = Bench(shape)
+        rows[f"SLM step over plain, {shape}"] = ratio(bench.slm, bench.plain)
+        rows[f"SLM step over one with an online reference, {shape}"] = ratio(
+            bench.slm, bench.slm_online
+        )
+        rows[f"scoring over a forward pass, {shape}"] = ratio(bench.score, bench.forward)
+    with TemporaryDirectory() as folder:
+        rows["generation over transformers, demo"] = generation(folder)
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    where = {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "processor": torch.backends.cpu.get_cpu_capability() + " " + platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    with open(HERE / "bench.jsonl", "w") as file:
+        for name, value in rows.items():
+            print(f"{value:.2f}  {name}")
+            file.write(json.dumps({"row": name, "ratio": round(value, 3), **where}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,315 +1,139 @@
-"""Which tokens are kept: a page to browse, of your own runs, and a picture of the published ones.
+"""A page to browse: which tokens of held-out corpus text are worth training on, and when.
 
     python results/tokens_page.py out/demo      out/demo/tokens.html; opens in any browser
 
-The page needs no network. `python results/plots.py --publish` draws the picture, tokens.png.
+It shows every run in the folder beside the reference, which is the run `ref`, by the losses that
+rho.py stores at each evaluation. The page is one file and needs no network.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+from plots import read_runs
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.append(str(HERE.parent))
 
-from drawing import DPI, INK, SOFT, WIDTH  # noqa: E402
-from experiments import RUNS  # noqa: E402
-from logs import CLASSES, KINDS, SLIP, corpus_tokens, kept, read_runs, token_dynamics  # noqa: E402
-
-from prepare_data import InputError, get_tokenizer, load_meta, prepare_demo  # noqa: E402
+from prepare_data import get_tokenizer, load_meta, run_script  # noqa: E402
+from rho import Config, open_windows, select_tokens  # noqa: E402
 
 SHOWN = 2048  # tokens on the page
-RESTART = "python rho.py --restart --stage clm (or slm, ...)"
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def stored_losses(folder, records):
-    """(evaluations, N) float64 nats: a run's loss on each token, at each of its evaluations."""
-    run = Path(folder) / records[0]["run"]
-    paths = [run / f"{record['step']}.npy" for record in records[1:]]
-    losses = []
-    for path in paths:
-        try:
-            losses.append(np.load(path).flatten().astype(float))
-        except Exception as error:  # numpy raises another kind for each way of damage
-            raise InputError(
-                f"{path} is damaged. Run again: {RESTART} --name {run.name}"
-            ) from error
-        if losses[-1].shape != losses[0].shape:
-            raise InputError(f"{path} has another size than {paths[0]}. Was the run changed?")
-    return np.stack(losses)
-
-
-def read_page(folder):
-    """({run: records}, {run: losses}) of the runs whose stored losses are of the same tokens."""
-    runs = {}
-    for run, records in read_runs(folder).items():
-        if (Path(folder) / run / f"{records[-1]['step']}.npy").exists():
-            runs[run] = records
-    if "ref" not in runs or len(runs) < 2:
-        command = f"python rho.py --out {folder}"
-        raise InputError(f"{folder}: needs the runs ref and slm, or another one. Run: {command}")
-    losses = {run: stored_losses(folder, records) for run, records in runs.items()}
-    n = losses["ref"].shape[1]
-    data = runs["ref"][0]["config"]["data"]
-    for run, records in [*runs.items()]:
-        if losses[run].shape[1] != n or records[0]["config"]["data"] != data:
-            del runs[run], losses[run]
-    return runs, losses
-
-
-def rule_of(records, runs):
-    """What a run keeps, as (ratio, threshold); of a run without selection, what SLM would keep."""
-    for config in (records[0]["config"], runs.get("slm", records)[0]["config"]):
-        if config["threshold"] is not None:
-            return None, config["threshold"]
-        if config["ratio"] and config["ratio"] < 1:
-            return config["ratio"], None
-    return 0.5, None
-
-
-def kept_tokens(losses, run, ratio, threshold):
-    """(evaluations, N) bool, by excess loss; over all the N tokens, not only those on the page."""
-    if threshold is None:
-        return kept(losses, run, ratio)
-    return losses[run] - losses["ref"][-1] > threshold
-
-
-def cents(losses):
-    """Hundredths of a nat as whole numbers: a third of the page's size."""
-    return np.round(100 * losses).astype(int).tolist()
-
-
-def run_data(run, runs, losses):
-    """What the page shows of one run."""
-    records = runs[run]
-    is_kept = kept_tokens(losses, run, *rule_of(records, runs))[:, :SHOWN]
-    moves = []
-    if len(losses[run]) > 1:
-        found = token_dynamics(losses[run])[:SHOWN]
-        moves = [CLASSES.index(name) for name in found]
-    label = run
-    if run in RUNS:
-        label = RUNS[run].label
-    return {
-        "label": label,
-        "seen": [record["tokens"] for record in records[1:]],
-        "loss": cents(losses[run][:, :SHOWN]),
-        "kept": ["".join("01"[int(keep)] for keep in row) for row in is_kept],
-        "moves": moves,
-    }
 
 
 def page_data(folder):
     """All that the page shows, as JSON will hold it."""
-    runs, losses = read_page(folder)
-    data = Path(runs["ref"][0]["config"]["data"])
-    spec = json.loads((data / "meta.json").read_text())["tokenizer"]
-    encoding = get_tokenizer(spec)
-    text, kinds = corpus_tokens(data, losses["ref"].shape[1])
+    runs = read_runs(folder)
+    if "ref" not in runs:
+        sys.exit(f"{folder} has no reference; python rho.py --stage ref --out {folder}")
+    flags = runs["ref"][0]["flags"]
+    cfg = Config(data=flags["data"], block_size=flags["block_size"])
+    meta = load_meta(cfg.data)
+    runs = same_text(folder, runs, meta)
+    ref_loss = read_losses(folder, "ref", runs.pop("ref"))[-1]  # (N,)
+
+    # A loss belongs to the token that was to be predicted: the target.
+    _, targets, _ = open_windows(cfg, meta, "val_corpus")
+    tokens = targets.flatten()[: len(ref_loss)]
+    tokens = tokens[:SHOWN].tolist()
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    text = {token: tokenizer.decode([token]) for token in set(tokens)}
+
+    shown = {}
+    usual = runs["slm"][0]["flags"] if "slm" in runs else vars(Config())
     # The page opens on the first run: SLM, where it is there.
-    names = sorted(runs.keys() - {"ref"}, key=lambda run: (run != "slm", [*runs].index(run)))
+    for run in sorted(runs, key=lambda run: (run != "slm", run)):
+        losses = read_losses(folder, run, runs[run])
+        shown[run] = run_data(runs[run], losses, ref_loss, usual)
     return {
-        "text": [encoding.decode([token]) for token in text[:SHOWN].tolist()],
-        "end": encoding.decode([encoding.eot_token]),
-        "ref": cents(losses["ref"][-1, :SHOWN]),
-        "kind": kinds[:SHOWN].tolist(),
-        "kinds": KINDS,
-        "slip": SLIP,
-        "classes": [name.replace("->", "→") for name in CLASSES],
-        "runs": {run: run_data(run, runs, losses) for run in names},
+        "text": [text[token] for token in tokens],
+        "starts": [token == tokenizer.eot for token in tokens],
+        "kinds": read_kinds(cfg.data, meta, len(tokens)),
+        "ref": two_decimals(ref_loss),
+        "runs": shown,
     }
 
 
-def write_page(folder):
-    """FOLDER/tokens.html; returns its path. InputError if there is nothing to show."""
-    # Text of the corpus must not end the script element it stands in, whatever it holds. json
-    # writes all but ASCII as \uXXXX, the line separator U+2028 included.
-    safe = json.dumps(page_data(folder), separators=(",", ":")).replace("<", "\\u003c")
-    template = (HERE / "tokens_template.html").read_text()
-    path = Path(folder) / "tokens.html"
-    path.write_text(template.replace("@DATA@", safe))
-    return path
+def same_text(folder, runs, meta):
+    """The runs whose losses are of the same tokens as ref's, and of today's text: {run: records}.
 
-
-# ---- the picture: a page of the published runs' held-out corpus ----------------------------------
-
-COLUMNS = 84  # letters on a line of text
-MARGIN = 22  # letters beside it, for the notes
-NOTES = {
-    0: "target text",
-    SLIP: "a slip",
-    1: "after a slip",
-    2: "chatter",
-    3: "article",
-    4: "boilerplate",
-    5: "noise",
-}
-
-
-def demo_tokenizer():
-    """The published runs' tokenizer: it depends on the demo's seed, not on the demo's size."""
-    with TemporaryDirectory() as folder:
-        prepare_demo(f"{folder}/demo", n_ref=1500, n_train=4000)
-        return get_tokenizer(load_meta(f"{folder}/demo")["tokenizer"])
-
-
-def page_with_every_kind(text, kinds, eot):
-    """(start, stop) of the first page of the held-out corpus on which each kind of token occurs."""
-    borders = [*np.flatnonzero(text == eot).tolist(), len(text)]
-    for start, stop in zip(borders, borders[1:], strict=False):
-        if set(KINDS) <= set(kinds[start + 1 : stop].tolist()):
-            return start + 1, stop
-    raise InputError("no page of the held-out corpus has every kind of token")
-
-
-def place_tokens(words):
-    """(row, column) of each token. Lines break before a space, and may hang over a little."""
-    row, column, places = 0, 0, []
-    for word in words:
-        if word.startswith(" ") and column + len(word.rstrip()) > COLUMNS:
-            row += 1
-            column = -1  # its space stands in the margin
-        places.append((row, column))
-        column += len(word)
-        if "\n" in word:
-            row += 1
-            column = 0
-    return places
-
-
-def excess_color(excess):
-    """Orange where the student's loss is higher, blue where the reference's is."""
-    depth = min(1, abs(excess) / 3)
-    if excess > 0:
-        return (0.90, 0.45, 0.05, 0.75 * depth)
-    return (0.15, 0.50, 0.85, 0.60 * depth)
-
-
-def new_page(rows):
-    """(figure, axes) whose units are letters to the right and rows down."""
-    from matplotlib.figure import Figure
-
-    columns = COLUMNS + MARGIN
-    size = WIDTH * 72 / columns / 0.602  # a letter of DejaVu Sans Mono is 0.602 of its size wide
-    fig = Figure(figsize=(WIDTH, rows * 1.62 * size / 72))
-    ax = fig.add_axes([0, 0, 1, 1])
-    ax.set(xlim=(-1.5, columns - 1.5), ylim=(rows - 0.5, -0.5))
-    ax.axis("off")
-    ax.letter_size = size
-    return fig, ax
-
-
-def write(ax, row, column, text, **how):
-    letters = {
-        "family": "DejaVu Sans Mono",
-        "fontsize": ax.letter_size,
-        "va": "center_baseline",
-        "color": INK,
-        "parse_math": False,
+    In the same windows, too: a loss fits one context only. Exits if there is nothing to compare.
+    """
+    before = runs["ref"][0]["identity"]
+    text = {
+        "val_corpus.bin": meta["files"]["val_corpus.bin"],
+        "block_size": before["block_size"],
+        "eval_windows": before["eval_windows"],
     }
-    ax.text(column, row, text, **(letters | how))
+    same = {}
+    for run, records in runs.items():
+        if text.items() <= records[0]["identity"].items():
+            same[run] = records
+    if "ref" not in same or len(same) < 2:
+        sys.exit(f"{folder} has no two runs on today's text; python rho.py --out {folder}")
+    return same
 
 
-def draw_token(ax, row, column, word, excess, is_kept, is_slip):
-    """One token: its color is its excess loss; bold and underlined if kept; boxed if a slip."""
-    from matplotlib.patches import Rectangle
-
-    shown = word.replace("\n", "↵")
-    edge = {"lw": 0}
-    if is_slip:
-        edge = {"lw": 1.2, "edgecolor": INK}
-    place = (column, row - 0.42)
-    ax.add_patch(Rectangle(place, len(shown), 0.84, facecolor=excess_color(excess), **edge))
-    letters = shown.lstrip()
-    start = column + len(shown) - len(letters)
-    weight = "normal"
-    if is_kept:
-        weight = "bold"
-        ends = [start + 0.1, column + len(shown) - 0.1]
-        ax.plot(ends, [row + 0.38, row + 0.38], color=INK, lw=1.2)
-    write(ax, row, start, letters, weight=weight)
+def read_losses(folder, run, records):
+    """A run's loss on each held-out token, at each of its evaluations: (evaluations, N), nats."""
+    losses = []
+    for record in records[1:]:
+        path = Path(folder, f"{run}-{record['step']}.npy")
+        try:
+            losses.append(np.load(path).flatten())
+        except (OSError, ValueError, EOFError):
+            sys.exit(f"{path} is missing or damaged; train this run again, with --restart")
+    return np.stack(losses).astype(np.float32)
 
 
-def draw_legend(ax, row):
-    """How to read the page, in the page's own signs."""
-    signs = [
-        (0, "kept", 0.0, True, False, "trained on"),
-        (19, "   ", 3.0, False, False, "student's loss is higher"),
-        (51, "   ", -3.0, False, False, "reference's loss is higher"),
-        (85, "37", 0.0, False, True, "a wrong number"),
-    ]
-    for column, word, excess, is_kept, is_slip, meaning in signs:
-        draw_token(ax, row, column, word, excess, is_kept, is_slip)
-        write(ax, row, column + len(word) + 1, meaning, color=SOFT)
+def run_data(records, losses, ref_loss, usual):
+    """What the page shows of one run. usual: the flags of SLM, for a run that does not select."""
+    flags = records[0]["flags"]
+    if flags["select"] == "all":
+        flags = usual
+    kept = []
+    for student_loss in losses:
+        # Among all held-out tokens, not only those on the page.
+        excess = torch.from_numpy(student_loss - ref_loss)  # (N,)
+        mask = select_tokens(excess, flags["ratio"], flags["threshold"])
+        kept.append(mask[:SHOWN].int().tolist())
+    return {
+        "seen": [record["tokens"] for record in records[1:]],
+        "loss": two_decimals(losses),
+        "kept": kept,
+    }
 
 
-def kept_words(kinds, is_kept):
-    """How much is kept of each kind, over all held-out tokens, in words."""
-    shares = []
-    for kind, name in NOTES.items():
-        share = is_kept[kinds == kind].mean()
-        shares.append(f"{name} {100 * share:.0f} %")
-    return f"Kept over all pages: {', '.join(shares)}"
+def two_decimals(losses):
+    """Of the tokens on the page. More decimals would only make it larger."""
+    return losses[..., :SHOWN].astype(float).round(2).tolist()
 
 
-def row_note(kinds):
-    """What stands in a row. A slip is named even where it is a single digit."""
-    return "with a slip" if SLIP in kinds else NOTES[kinds[0]]
-
-
-def picture(losses, ratio, path, at=0):
-    """A held-out page as SLM sees it at an early evaluation, where the colors tell most."""
-    encoding = demo_tokenizer()
-    start, stop = page_with_every_kind(losses["text"], losses["kinds"], encoding.eot_token)
-    words = [encoding.decode([token]) for token in losses["text"][start:stop].tolist()]
-    kinds = losses["kinds"][start:stop].tolist()
-    excess = losses["slm"][at].astype(float) - losses["ref"][-1]
-    is_kept = kept(losses, "slm", ratio)[at]
-    places = place_tokens(words)
-
-    top = 5  # rows of title and legend
-    last_row, _ = places[-1]
-    fig, ax = new_page(top + last_row + 1)
-    seen = losses["slm seen"][at] / 1e6
-    title = f"What SLM keeps after {seen:.1f} million tokens: a page of the held-out corpus"
-    write(ax, 0.4, 0, title, weight="bold")
-    small = 0.83 * ax.letter_size
-    write(ax, 1.5, 0, kept_words(losses["kinds"], is_kept), color=SOFT, fontsize=small)
-    draw_legend(ax, 3)
-
-    rows = {}
-    for i, (row, column) in enumerate(places):
-        token = start + i
-        is_slip = kinds[i] == SLIP
-        draw_token(ax, top + row, column, words[i], excess[token], is_kept[token], is_slip)
-        rows.setdefault(row, []).append(kinds[i])
-    for row, found in rows.items():
-        write(ax, top + row, COLUMNS + 3, row_note(found), color=SOFT)
-    fig.savefig(path, dpi=DPI)
-
-
-# ---- main ----------------------------------------------------------------------------------------
+def read_kinds(data, meta, n):
+    """What the demo's generator wrote each token as. For other text, which has no such file: []."""
+    path = Path(data, "kinds.npz")
+    if not path.exists():
+        return []
+    numbers = np.load(path)["val_corpus"]
+    numbers = numbers[1 : n + 1]  # shifted by one, as the targets are
+    return [meta["kinds"][number] for number in numbers]
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="tokens_page.py", description=__doc__, formatter_class=form
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="folder of runs; needs ref and at least one other")
-    args = parser.parse_args(argv)
-    try:
-        print(f"which tokens are kept: {write_page(args.folder)}")
-    except InputError as error:
-        parser.exit(2, f"tokens_page.py: {error}\n")
+    parser.add_argument("folder", help="folder of runs, with ref and at least one other")
+    folder = Path(parser.parse_args(argv).folder)
+    # Text of the corpus must not end the script element that it stands in, whatever it holds.
+    data = json.dumps(page_data(folder)).replace("<", "\\u003c")
+    template = (HERE / "tokens_template.html").read_text()
+    (folder / "tokens.html").write_text(template.replace("@DATA@", data))
+    print(f"which tokens are kept: {folder / 'tokens.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
