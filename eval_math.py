@@ -17,7 +17,6 @@ included: 0.5 is 50, for one may be a percentage. We differ:
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -239,7 +238,7 @@ def start_worker():
         return None
     source = f"{inspect.getsource(latex_worker)}\nlatex_worker({SECONDS})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    # In a session of its own: Ctrl-C is for us.
+    # In a session of its own, so that Ctrl-C is for us alone.
     return subprocess.Popen([sys.executable, "-c", source], start_new_session=True, **pipes)
 
 
@@ -254,11 +253,15 @@ def same_latex(a, b):
     worker = start_worker()
     if not worker:
         return False
-    with contextlib.suppress(BrokenPipeError):
+    verdict = ""
+    try:
         worker.stdin.write(json.dumps([a, b]) + "\n")
-    verdict = worker.stdout.readline()
-    if not verdict:
-        start_worker.cache_clear()  # its time was over: the next comparison starts another
+        verdict = worker.stdout.readline()
+    except BrokenPipeError:
+        pass
+    finally:
+        if not verdict:  # its time was over, or ours: the next comparison starts another
+            start_worker.cache_clear()
     return verdict == "1\n"
 
 
@@ -276,7 +279,9 @@ LONGEST = 300  # characters; a longer answer is compared as text alone
 
 def tidy(answer):
     """One spelling for many, by what an answer looks like and not by what it is worth."""
-    text = NOISE.sub("", plain(answer).replace("{,}", ",").replace(r"\%", "%"))
+    text = NOISE.sub("", plain(answer))
+    for what, into in [("{,}", ","), (r"\%", "%"), ("<=", r"\le "), (">=", r"\ge ")]:
+        text = text.replace(what, into)
     # A model may double each backslash. In a matrix two of them end a row, and four do if doubled.
     if r"\\begin" in text:
         text = text.replace(r"\\", "\\")
@@ -379,7 +384,10 @@ def read_file(path):
     if not path.is_file():
         sys.exit(f"{path} not found; --task takes demo, {', '.join(TASKS)}, all or a file")
     if path.suffix == ".xml":
-        problems = ElementTree.parse(path).iter("Problem")
+        try:
+            problems = ElementTree.parse(path).iter("Problem")
+        except ElementTree.ParseError as error:
+            sys.exit(f"{path}: {error}")
         return [{field.tag: field.text for field in problem} for problem in problems]
     rows = list(read_rows(path))
     if len(rows) == 1 and all(isinstance(row, dict) for row in rows[0].values()):
@@ -388,6 +396,7 @@ def read_file(path):
 
 
 def hub_rows(task):
+    """The rows of a set on the hub."""
     from datasets import load_dataset  # slow to import
 
     try:
@@ -555,12 +564,7 @@ def main(argv=None):
     flag("--file", help="the task's public file; for --task all a folder with gsm8k.jsonl, ...")
     flag("--data", default="data/demo", help="where demo's questions.jsonl is (default: data/demo)")
     flag("--n", type=int, help="only the first N questions (default: all)")
-    flag(
-        "--shots",
-        type=int,
-        choices=range(9),
-        help="examples (default: 8 or 4; demo: 0)",
-    )
+    flag("--shots", type=int, choices=range(9), help="examples (default: 8 or 4; demo: 0)")
     flag("--batch_size", type=int, default=64, help="prompts answered at a time (default: 64)")
     flag("--max_new_tokens", type=int, default=256, help="longest answer (default: 256)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")

@@ -327,15 +327,16 @@ def load_model(path, device="cpu", block_size=None):
     Of a folder, the second is {"tokenizer": spec}, or {} where it has no tokenizer.json.
     block_size: the longest sequence that will come, so that longer tables take no memory.
     """
-    if not Path(path).is_dir():
+    if Path(path).is_dir():
+        checkpoint = {}
+        if Path(path, "tokenizer.json").exists():
+            checkpoint["tokenizer"] = tokenizer_spec(path)
+        model = load_hf(path, block_size)
+    else:
         checkpoint = load_checkpoint(path)
-        shape = checkpoint.get("model_config")
-        model = model_with(shape, checkpoint.get("model"), path, block_size)
-        return model.to(device), checkpoint
-    model = load_hf(path, block_size).to(device)
-    if Path(path, "tokenizer.json").exists():
-        return model, {"tokenizer": tokenizer_spec(path)}
-    return model, {}
+        shape, weights = checkpoint.get("model_config"), checkpoint.get("model")
+        model = model_with(shape, weights, path, block_size)
+    return model.to(device), checkpoint
 
 
 def model_with(shape, weights, path, block_size=None):
@@ -375,34 +376,20 @@ def weights_hash(model):
 
 # GPTConfig's fields in config.json; qk_norm and qkv_bias follow from the family.
 HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "head_dim": "head_dim",
-    "tied": "tie_word_embeddings",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "window": "sliding_window",
-    "rope_scaling": "rope_scaling",
-}
-# What a key is that config.json leaves out.
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
+    "head_dim": "head_dim", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "window": "sliding_window",
+}  # fmt: skip
+# What a key is that config.json leaves out, in all families and in one.
 HF_DEFAULTS = {
-    "num_key_value_heads": 0,
-    "head_dim": 0,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
+    "num_key_value_heads": 0, "head_dim": 0, "tie_word_embeddings": False,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 FAMILY_DEFAULTS = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
-}
+    "llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {}, "qwen3": {"head_dim": 128}
+}  # fmt: skip
 # What each rope_type is given by, besides rope_theta.
 ROPE_KEYS = {
     "default": "",
@@ -556,23 +543,23 @@ def tokenizer_of(encoding):
     """A tiktoken.Encoding as a tokenizers.Tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    ranks = encoding._mergeable_ranks  # {bytes: id}
-    special = encoding._special_tokens  # {text: id}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # Byte-level BPE spells each byte as a letter: itself if it is printable, else one beyond 255.
     alphabet = sorted(byte_level.alphabet())
     order = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
     letters = dict(zip(order, alphabet, strict=True))
-    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    vocabulary = {}
+    for token, rank in encoding._mergeable_ranks.items():
+        vocabulary[token.decode("latin-1").translate(letters)] = rank
     # As in tiktoken, any two neighbors that are a token together join, the lowest rank first.
     merges = []
-    for token in sorted(ranks, key=ranks.get):
+    for token in sorted(vocabulary, key=vocabulary.get):
         for i in range(1, len(token)):
-            left, right = token[:i], token[i:]
-            if left in ranks and right in ranks:
-                merges.append((spelled[left], spelled[right]))
-    vocabulary = {spelled[token]: rank for token, rank in ranks.items()} | special
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+            if token[:i] in vocabulary and token[i:] in vocabulary:
+                merges.append((token[:i], token[i:]))
+    special = encoding._special_tokens  # {text: id}
+    model = models.BPE(vocab=vocabulary | special, merges=merges, ignore_merges=True)
+    tokenizer = Tokenizer(model)
     # Only what the pattern matches is text, and each match is a piece of its own. A plus after a
     # count means "again" to this package and "never give back" to tiktoken: left out, it is right.
     pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", encoding._pat_str)

@@ -361,7 +361,8 @@ class TextFile:
                     sys.exit(f"{self.path} is not UTF-8: iconv -f UTF-16 (or LATIN1) -t UTF-8")
                 self.used = raw.tell() / os.path.getsize(self.path)
                 yield block
-        self.counts["characters replaced"] += replaced
+        if replaced:
+            self.counts["characters replaced"] += replaced
 
     def lines(self):
         begin = 0.0

@@ -29,7 +29,7 @@ held-out questions are asked. CLM (causal language modeling) is ordinary trainin
     ref_entropy       H_ref          section 3.4
 
     window     block_size tokens of a text and the token that follows each
-    batch      the windows of one optimizer step; a part of it fits on a device at once
+    batch      the windows of one optimizer step; a part of it (a micro-batch) fits on a device
     run        one training with a name: NAME.pt (to resume), NAME.jsonl (the log)
     rank       one of several processes, each with a GPU of its own (torchrun)
 
@@ -177,6 +177,9 @@ def selective_loss(student_loss, mask):
 
 # ==== flags =======================================================================================
 
+# Of torchrun's processes, the number of this one and how many there are.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # check_available: a CUDA build of torch may run on a machine without a GPU.
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 BEST_DEVICE = ACCELERATOR.type if ACCELERATOR else "cpu"
@@ -248,14 +251,15 @@ def train(cfg):
     reference = open_model(cfg.reference, cfg, meta) if cfg.reference else None
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     identity = make_identity(cfg, meta, model, reference)
-    records = [header(cfg, model, identity)]
-    # Loss and mask are sums since the last evaluation, the others since the start.
-    sums = {"loss": 0.0, "mask": 0.0, "trained": 0, "empty_steps": 0, "seconds": 0.0}
     first_step = 0
+    sums = {"trained": 0, "empty_steps": 0, "seconds": 0.0}
+    sums |= {"loss_since_eval": 0.0, "mask_since_eval": 0.0}
 
     # There may already be a run of this name: finished, interrupted, or a different one.
     saved = open_run(path, identity, cfg.restart)
-    if saved:
+    if not saved:
+        records = [header(cfg, model, identity)]
+    else:
         first_step, records, sums = saved["step"], saved["records"], saved["sums"]
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -267,8 +271,9 @@ def train(cfg):
     say(f"{cfg.name}: {size}, steps {first_step} to {cfg.steps} over {cfg.data}, to {path}")
 
     inputs, targets, valid = open_windows(cfg, meta, cfg.split)  # (n, T) each
-    scores = score_corpus(cfg, meta, reference, inputs, targets)  # {"ref_loss": (n, T)}, if needed
-    del reference  # its scores are on disk: make room
+    ref_values = score_corpus(cfg, meta, reference, inputs, targets)  # as {"ref_loss": (n, T)}
+    del reference  # its losses are on disk: make room
+    # Generating answers, each time of another length, would compile anew: only training is.
     compiled = torch.compile(model) if cfg.compile else model
     eval_steps = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     last_save = time.time()
@@ -281,7 +286,7 @@ def train(cfg):
         # gradients add up. With several ranks each has its own parts.
         for part in parts(cfg, step, len(inputs)):
             x, y, may_train = [take(array, part, cfg) for array in (inputs, targets, valid)]
-            known = {name: take(array, part, cfg) for name, array in scores.items()}
+            known = {name: take(array, part, cfg) for name, array in ref_values.items()}
             generator = part_generator(cfg, step, part)
 
             with precision(cfg.device):
@@ -298,27 +303,28 @@ def train(cfg):
             step_sums += torch.stack((loss_sum.detach(), mask_sum, (mask > 0).sum()))
 
         sum_over_ranks([step_sums, *[p.grad for p in model.parameters()]])
-        loss_sum, mask_sum, n_trained = step_sums.tolist()
-        check_finite(loss_sum, cfg, step)
+        batch_loss, batch_mask, n_trained = step_sums.tolist()
+        check_finite(batch_loss, cfg, step)
         # If no token was selected there is nothing to learn. A step would still move the weights,
         # by momentum and weight decay: so none is made.
-        if mask_sum > 0:
+        if batch_mask > 0:
             # The division of equation 3. It comes after backward, because only now all parts of all
-            # ranks have said how many tokens they selected. (With a ratio and equal parts it is
-            # what nanoGPT does before backward, by dividing through gradient_accumulation_steps.)
+            # ranks have said how many tokens they selected. (Where all select equally many, it is
+            # nanoGPT's division by gradient_accumulation_steps.)
             for p in model.parameters():
-                p.grad /= mask_sum
+                p.grad /= batch_mask
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             check_finite(norm, cfg, step)
+            lr = learning_rate(cfg, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(cfg, step)
+                    group["lr"] = lr
                 optimizer.step()
         model.zero_grad()
-        sums["loss"] += loss_sum
-        sums["mask"] += mask_sum
+        sums["loss_since_eval"] += batch_loss
+        sums["mask_since_eval"] += batch_mask
         sums["trained"] += round(n_trained)
-        sums["empty_steps"] += mask_sum == 0
+        sums["empty_steps"] += batch_mask == 0
         sums["seconds"] += time.time() - started
 
         # The other ranks wait for rank 0 where they next sum their gradients.
@@ -326,7 +332,7 @@ def train(cfg):
         if is_eval and RANK == 0:
             records.append(evaluate(cfg, meta, model, step + 1, sums))
             check_finite(records[-1]["val_loss"], cfg, step)
-            sums["loss"] = sums["mask"] = 0.0
+            sums["loss_since_eval"] = sums["mask_since_eval"] = 0.0
         if RANK == 0 and (is_eval or time.time() - last_save > 60 * cfg.save_minutes):
             # All that a resumed run needs to end with the same weights, bit by bit. Whatever you
             # add to the loop (a second model, a running mean) belongs in here and above, after
@@ -348,7 +354,7 @@ def train(cfg):
 def first_model(cfg, meta):
     """The model that a run starts from: --init, or new weights from the seed."""
     if cfg.init:
-        return open_model(cfg.init, cfg, meta).train()
+        return open_model(cfg.init, cfg, meta)
     torch.manual_seed(cfg.seed)
     # Config and GPTConfig have these fields in common.
     shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
@@ -365,16 +371,17 @@ def open_model(path, cfg, meta):
     check_rows(model, meta["tokenizer"], path)
     if cfg.block_size > model.config.block_size:
         sys.exit(f"{path} takes at most --block_size {model.config.block_size}")
+    # (A Hugging Face folder has neither.)
     if checkpoint.get("step") != checkpoint.get("steps"):
         sys.exit(f"{path} has not finished training; the command that began it resumes it")
-    return model.eval()
+    return model
 
 
 # ==== what makes two runs the same ================================================================
 
 
 def code_of(text):
-    """A hash of what a Python text does: its comments do not count."""
+    """A hash of a Python text, in which comments do not count (docstrings do)."""
     return sha256(ast.dump(ast.parse(text)).encode()).hexdigest()[:16]
 
 
@@ -384,7 +391,7 @@ CODE = {path.name: code_of(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Flags that do not change a run's numbers, or whose contents count and not their names.
 NO_MATTER = {"stage", "data", "out", "name", "init", "reference", "ref_tokens", "corpus"}
-NO_MATTER |= {"compile", "restart", "save_minutes"}
+NO_MATTER |= {"restart", "save_minutes"}
 
 
 def make_identity(cfg, meta, model, reference):
@@ -468,7 +475,7 @@ def open_windows(cfg, meta, split):
         sys.exit(f"{path} has {len(tokens)} tokens, too few for --block_size {T}")
     inputs = tokens[: n * T].reshape(n, T)
     targets = tokens[1 : n * T + 1].reshape(n, T)
-    valid = np.broadcast_to(True, (n, T))
+    valid = np.broadcast_to(True, (n, T))  # all; takes no memory
     if split == "sft":  # only the tokens of answers
         answers = np.memmap(Path(cfg.data, "sft_mask.bin"), np.bool_, "r")
         valid = answers[1 : n * T + 1].reshape(n, T)
@@ -503,7 +510,7 @@ def take(array, part, cfg):
 
 
 def part_generator(cfg, step, part):
-    """Random numbers for --select random: the same ones if a run is resumed or has more ranks."""
+    """Random numbers for --select random: others in each part, the same when a run is resumed."""
     seed = np.random.SeedSequence((cfg.seed, step, part[0])).generate_state(1)[0]
     return torch.Generator(cfg.device).manual_seed(int(seed))
 
@@ -520,7 +527,7 @@ def score_corpus(cfg, meta, reference, inputs, targets):
     if reference is None:
         return {}
     # The folder's name is a hash of all that the numbers depend on, so none can be stale.
-    depends_on = [*SCORING, CODE["model.py"], weights_hash(reference)]
+    depends_on = [*SCORING_CODE, CODE["model.py"], weights_hash(reference)]
     depends_on += [meta["files"][f"{cfg.split}.bin"], cfg.block_size, is_bf16(cfg.device)]
     folder = Path(cfg.out, "scores", sha256(repr(depends_on).encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
@@ -535,6 +542,7 @@ def score_corpus(cfg, meta, reference, inputs, targets):
                     # A window is written at once, so its last token speaks for all.
                     missing = np.isnan(values[part, -1])
                     if missing.any():
+                        # The whole part: its rounding shall not depend on where scoring stopped.
                         x, y = take(inputs, part, cfg), take(targets, part, cfg)
                         of_part = reference_values(name, reference, x, y)
                         if not np.isfinite(of_part).all():
@@ -562,17 +570,18 @@ def reference_values(name, reference, x, y):
     """Of each target its loss, or the entropy of its prediction, in nats: float16 (B, T)."""
     with precision(x.device):
         logits = reference(x).float()  # (B, T, V)
-    values = token_loss(logits, y)
-    if name == "ref_entropy":
+    if name == "ref_loss":
+        values = token_loss(logits, y)
+    else:
         values = torch.special.entr(logits.softmax(-1)).sum(-1)
     return values.half().cpu().numpy()
 
 
 # What the scores depend on in this file.
-SCORING = [code_of(inspect.getsource(f)) for f in (open_windows, token_loss, reference_values)]
+SCORING_CODE = [code_of(inspect.getsource(f)) for f in (open_windows, token_loss, reference_values)]
 
 
-# ==== a step ======================================================================================
+# ==== the optimizer's step ========================================================================
 
 
 def check_finite(value, cfg, step):
@@ -601,7 +610,6 @@ def evaluate(cfg, meta, model, step, sums):
     other tokens in each run: do not compare runs by it.
     """
     started = time.time()
-    model.eval()
     corpus_loss = held_out_loss(cfg, meta, model, "val_corpus")  # (windows, T)
     np.save(Path(cfg.out, f"{cfg.name}-{step}.npy"), corpus_loss.half().numpy())
     record = {
@@ -611,7 +619,7 @@ def evaluate(cfg, meta, model, step, sums):
         "seconds": round(sums["seconds"], 2),
         "val_loss": held_out_loss(cfg, meta, model, "val").mean().item(),
         "val_corpus_loss": corpus_loss.mean().item(),
-        "selected_loss": sums["loss"] / max(sums["mask"], 1e-9),
+        "selected_loss": sums["loss_since_eval"] / max(sums["mask_since_eval"], 1e-9),
         "empty_steps": sums["empty_steps"],
     }
     answered = ""
@@ -624,7 +632,6 @@ def evaluate(cfg, meta, model, step, sums):
         record["right"] = sum(answer["correct"] for answer in answers)
         record["questions"] = len(answers)
         answered = f"  {record['right']:>3} of {len(answers)} right"
-    model.train()
     record["eval_seconds"] = round(time.time() - started, 2)
     losses = f"target loss {record['val_loss']:.3f}  corpus loss {record['val_corpus_loss']:.3f}"
     say(f"{cfg.name:>11} {record['tokens']:>13,} tokens  {losses}{answered}")
@@ -637,6 +644,7 @@ def evaluate(cfg, meta, model, step, sums):
 def held_out_loss(cfg, meta, model, split):
     """The loss of each token of the first --eval_windows windows (windows, T), in nats, on the CPU.
 
+    One window at a time, which takes little memory.
     By torch's function and not by token_loss: an edited token_loss must not measure itself.
     """
     inputs, targets, _ = open_windows(cfg, meta, split)
@@ -666,31 +674,23 @@ def show_table(folder):
     runs = {name: records for name, records in runs.items() if len(records) > 1}
     if "clm" not in runs:
         sys.exit(f"{folder} has no run to compare with; python rho.py --stage clm --out {folder}")
-    header, *_, goal = runs["clm"]
+    clm, *_, goal = runs["clm"]
+    columns = ["run", "tokens", "in all", "trained on", "target loss", "fewer, loss"]
+    columns += ["right", "fewer, right", "differs from clm in"]
     rows = []
-    for name in sorted(runs, key=["ref", "clm", *runs].index):
-        records = runs[name]
-        last = records[-1]
-        times = {}
+    for name in sorted(runs, key=lambda name: (name != "ref", name != "clm", name)):
+        first, *_, last = runs[name]
+        fewer = {}
         for key in ("val_loss", "right"):
-            tokens = tokens_to_reach(records, goal, key)
-            times[key] = f"{goal['tokens'] / tokens:.1f} x" if tokens else ""
-        identity = records[0]["identity"]
-        differing = [what for what in identity if identity[what] != header["identity"].get(what)]
-        rows.append(
-            {
-                "run": name,
-                "tokens": f"{last['tokens']:,}",
-                "in all": f"{last['tokens'] + records[0]['tokens_before']:,}",
-                "trained on": f"{last['trained']:,}",
-                "target loss": f"{last['val_loss']:.3f}",
-                "fewer, loss": times["val_loss"],
-                "right": f"{last.get('right', '')}",
-                "fewer, right": times["right"],
-                "differs from clm in": ", ".join(differing),
-            }
-        )
-    print(f"\n{pandas.DataFrame(rows).to_string(index=False)}\n")
+            tokens = tokens_to_reach(runs[name], goal, key)
+            fewer[key] = f"{goal['tokens'] / tokens:.1f} x" if tokens else "-"
+        counts = [last["tokens"], last["tokens"] + first["tokens_before"], last["trained"]]
+        row = [name, *[f"{count:,}" for count in counts]]
+        row += [f"{last['val_loss']:.3f}", fewer["val_loss"], last.get("right"), fewer["right"]]
+        mine, theirs = first["identity"], clm["identity"]
+        row.append(", ".join(what for what in mine if mine[what] != theirs.get(what)))
+        rows.append(row)
+    print(f"\n{pandas.DataFrame(rows, columns=columns).to_string(index=False)}\n")
     print("in all: with the tokens of its reference and of the model that it started from. fewer:")
     print("clm's tokens over those after which the run is at clm's last value, and stays there.")
 
@@ -714,9 +714,6 @@ def tokens_to_reach(records, goal, key):
 
 
 # ==== device and ranks ============================================================================
-
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_bf16(device):
@@ -779,13 +776,6 @@ def whole_number(text):
     return int(value)
 
 
-def true_or_false(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
-
-
-READ = {int: whole_number, bool: true_or_false}
 MAY_BE_0 = ("seed", "n_kv_head", "questions", "lr", "lr_end", "warmup", "weight_decay")
 
 
@@ -799,19 +789,22 @@ def parse(argv=None):
         allow_abbrev=False,
     )
     for f in fields(Config):
-        settings = {"type": READ.get(f.type, f.type), "default": f.default}
-        settings |= {"choices": CHOICES.get(f.name), "help": argparse.SUPPRESS}
-        if f.type is bool:  # --tied alone is --tied true
-            settings |= {"nargs": "?", "const": True}
-        parser.add_argument(f"--{f.name}", **settings)
+        how = {"default": f.default, "help": argparse.SUPPRESS}
+        if f.type is bool:
+            how["action"] = argparse.BooleanOptionalAction  # --tied or --no-tied
+        else:
+            how["type"] = whole_number if f.type is int else f.type
+            how["choices"] = CHOICES.get(f.name)
+        parser.add_argument(f"--{f.name}", **how)
     cfg = Config(**vars(parser.parse_args(argv)))
 
     for name, value in vars(cfg).items():
-        is_number = type(value) in (int, float) and name != "threshold"
-        least = 0 if name in MAY_BE_0 else 1e-9
         most = 1 if name in ("ratio", "lr_end", "warmup") else 2**53
-        if is_number and not least <= value <= most:
-            sys.exit(f"--{name} {value} is not from {least} to {most}")
+        least = 0 if name in MAY_BE_0 else 1e-9
+        if name == "threshold":
+            least = -most
+        if type(value) in (int, float) and not least <= value <= most:
+            sys.exit(f"--{name} {value} is out of its range")
     return cfg
 
 
@@ -862,23 +855,27 @@ def main(argv=None):
     if cfg.stage == "table":
         show_table(cfg.out)
         return
+    if cfg.stage == "all" and cfg.name:
+        sys.exit("--name: --stage all makes several runs; give another --out")
     start_ranks(cfg.device)
-    if RANK == 0 and cfg.data == "data/demo" and not Path("data/demo/meta.json").exists():
-        say("making the demo's text in data/demo")
+    if RANK == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
+        say(f"making the demo's text in {cfg.data}")
         prepare_demo(cfg.data)
     wait_for_ranks()
-    if cfg.stage != "all":
-        train_alone(run_config(cfg, cfg.stage))
-        say(f"to compare: python rho.py --stage table --out {cfg.out}")
-    else:
-        train_alone(run_config(cfg, "ref"))
-        train_alone(run_config(cfg, "clm"))
-        train_alone(run_config(cfg, "slm"))
-        # SLM's rival: clean text in the corpus, for as many tokens as SLM and its reference had.
+    if cfg.stage == "all":
+        # The last is SLM's rival: clean text in the corpus, for as many tokens as SLM and its
+        # reference read together.
+        runs = [run_config(cfg, stage) for stage in ("ref", "clm", "slm")]
         in_all = cfg.tokens + cfg.ref_tokens
-        train_alone(run_config(cfg, "clm", corpus="mixed", tokens=in_all))
-        if RANK == 0:
-            show_table(cfg.out)
+        runs.append(run_config(cfg, "clm", corpus="mixed", tokens=in_all))
+    else:
+        runs = [run_config(cfg, cfg.stage)]
+    for run in runs:
+        train_alone(run)
+    if RANK == 0 and cfg.stage == "all":
+        show_table(cfg.out)
+    else:
+        say(f"to compare: python rho.py --stage table --out {cfg.out}")
     wait_for_ranks()
     if WORLD > 1:
         dist.destroy_process_group()

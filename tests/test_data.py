@@ -15,9 +15,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -29,7 +26,6 @@ import pytest
 import prepare_data
 from prepare_data import get_tokenizer, load_meta, read_rows, tokenizer_spec
 
-SCRIPT = prepare_data.__file__
 WORDS = "sum of two odd numbers is even so each proof begins with what we know and ends there"
 WORDS = WORDS.split()
 QUESTION = (
@@ -135,14 +131,9 @@ def test_tokens_on_disk_decode_to_the_documents(text, tokenizer, dtype):
     counts = meta["sources"][0]["counts"]
     assert (counts["rows"], counts["empty"], counts["characters replaced"]) == (43, 1, 1)
     assert counts["tokens"] == meta["tokens"]["ref"] + meta["tokens"]["val"]
-    # The order of what is not held out stays.
-    kept = set(read("train"))
-    late = [
-        row
-        for row, want in zip(read("train"), filter(kept.__contains__, corpus), strict=False)
-        if row != want
-    ]
-    assert len(read("train")) == len(kept) and len(late) < 300
+    # The order stays, but for a few that were held out for a while.
+    places = [corpus.index(row) for row in read("train")]
+    assert sum(a > b for a, b in itertools.pairwise(places)) < 20
 
 
 def zst(data):
@@ -225,7 +216,7 @@ def test_long_txt_is_cut(text):
     assert all(len(piece) <= 1 << 16 for piece in corpus_of())
     pieces = [piece for piece in corpus_of() if piece.startswith("line ")]
     assert "".join(sorted(pieces, key=lambda piece: int(piece.split()[1]))) == lines
-    assert "".join(piece for piece in corpus_of() if "line" not in piece) == "word " * 40_000
+    assert sum(len(piece) for piece in corpus_of() if "line" not in piece) == 200_000
 
 
 def test_the_only_document_is_on_both_sides(text):
@@ -306,10 +297,8 @@ def test_a_token_over_a_seam_belongs_to_the_later_part():
     tokenizer = get_tokenizer(spec)
     parts = [("x ab", False), ("c", True), (" d", False)]
     tokens, mask = prepare_data.answer_mask(parts, tokenizer)
-    pieces = [
-        tokenizer.decode([token]) for token, learned in zip(tokens, mask, strict=False) if learned
-    ]
-    assert pieces == ["abc"] and tokenizer.decode(tokens[1:]) == "x abc d"
+    assert tokenizer.decode(tokens[1:]) == "x abc d"
+    assert [tokenizer.decode([token]) for token in tokens[mask]] == ["abc"]
 
 
 # ---- splits and the mixture ----
@@ -323,7 +312,7 @@ def plain(rows):
 def test_splits_are_disjoint_whatever_is_copied(seed):
     """Copies, and copies in other white space, in any order, in one input and across the two."""
     rng = random.Random(seed)
-    pool = documents(rng.choice((15, 60, 250)), "x", words=12)
+    pool = documents(rng.choice((15, 60, 250)), "x")
     inputs = {}
     for name in ("ref", "web"):
         rows = rng.choices(pool, k=3 * len(pool)) + documents(20, name)
@@ -337,7 +326,7 @@ def test_splits_are_disjoint_whatever_is_copied(seed):
     assert 1 <= len(val) == len(read("val")) <= 4
     assert 1 <= len(val_corpus) == len(read("val_corpus")) <= 60
     counts = meta["sources"][1]["counts"]
-    assert counts["rows"] == counts["documents"] + counts["duplicates"]
+    assert counts["rows"] == counts["documents"] + counts.get("duplicates", 0)
     # Which are held out depends on the texts, not on their order.
     write_jsonl("ref.jsonl", inputs["ref"][::-1])
     run(*flags, "--val_docs", 4, out="reversed")
@@ -423,9 +412,8 @@ def test_other_ways_to_write_a_question_are_found_too(text):
         "decomposed": "cafe\u0301 " + end,
     }
     questions = [QUESTION, "café " + end]
-    assert dict(zip(forms, kept(text, forms.values(), questions), strict=False)) == dict.fromkeys(
-        forms, False
-    )
+    is_kept = kept(text, forms.values(), questions)
+    assert dict(zip(forms, is_kept, strict=True)) == dict.fromkeys(forms, False)
 
 
 def test_what_every_page_has_is_kept(text):
@@ -475,7 +463,7 @@ def test_the_general_recipe_mixes_6_3_1_and_names_the_way_out(monkeypatch):
         return [
             {"text": row, "content": row, "question": row, "answer": "1", "messages": [turn]}
             | {"conversations": [turn]}
-            for row, turn in zip(rows, turns, strict=False)
+            for row, turn in zip(rows, turns, strict=True)
         ]
 
     monkeypatch.setattr("datasets.load_dataset", load)
@@ -505,10 +493,10 @@ def test_bad_rows_are_named_or_skipped_and_counted(text, capsys):
     assert "ref.jsonl:41" in line and "--skip_bad" in line
     append("ref.jsonl", b'[1]\n3\nnull\n{"text": null}\n{"other": 1}\n' + b"[" * 100_000 + b"\n")
     write_jsonl("q.jsonl", [{"question": QUESTION}])
-    write_jsonl("web.jsonl", [*text[2], QUESTION, "", text[2][0]])
-    capsys.readouterr()
-    run(*flags, "--skip_bad", "--questions", "q.jsonl")
-    assert reference_of() == sorted(reference)
+    write_jsonl("val.jsonl", documents(9, "val"))
+    write_jsonl("web.jsonl", [*text[2], QUESTION, "", documents(9, "val")[3]])
+    run(*flags, "--skip_bad", "--questions", "q.jsonl", "--val", "val.jsonl")
+    assert sorted(read("ref")) == sorted(reference)
     said = capsys.readouterr().out
     assert re.search(r"reference ref.jsonl: 47 rows, 40 documents, [\d,]+ tokens, 7 skipped", said)
     for count in ("303 rows", "300 documents", "1 empty", "1 contaminated", "1 duplicates"):
@@ -615,12 +603,6 @@ def test_a_full_disk_leaves_what_was_there(text, monkeypatch):
         prepare_data.run_script(lambda: run(*flags, "--mix", 0.5))
     assert contents(".") == before
 
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit, match="130"):
-        prepare_data.run_script(interrupted)
-
 
 def test_whole_file_is_whole_or_as_it_was(monkeypatch):
     with prepare_data.whole_file("new/file") as file:
@@ -634,69 +616,57 @@ def test_whole_file_is_whole_or_as_it_was(monkeypatch):
     assert full.value.filename == "new/file" and contents("new") == {"new/file": b"old"}
 
 
-SLOW = """
-import os, signal, sys, prepare_data as p
-calls = 0
-def killed(plain):
-    def function(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*args, **kwargs)
-    return function
-p.write_split = killed(p.write_split)
-p.write_meta = killed(p.write_meta)
-os.replace = killed(os.replace)
-p.prepare_demo("out", seed=2, n_ref=100, n_train=5000, vocab=300)
-"""
+def killed_at(moment):
+    """SIGKILL when for the moment-th time a split is written or a file is moved."""
+    calls = itertools.count(1)
+
+    def before(plain):
+        def function(*args, **kwargs):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **kwargs)
+
+        return function
+
+    for module, name in ((prepare_data, "write_split"), (prepare_data, "clear"), (os, "replace")):
+        setattr(module, name, before(getattr(module, name)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_the_same_command_ends_the_same():
-    """SIGKILL while splits are written, and before each rename when they are moved."""
-    demo = {"n_ref": 100, "n_train": 5000, "vocab": 300}
-    prepare_data.prepare_demo("new", seed=2, **demo)
-    wanted = load_meta("new")["files"]
-    prepare_data.prepare_demo("out", seed=1, **demo)
-    old = contents("out")
+def test_killed_at_any_moment_the_same_command_ends_the_same(text):
+    new = [*text[0], "--mix", 0.5, "--seed", 2]
+    wanted = run(*new, out="other")["files"]
+    old = run(*text[0])["files"]
     unfinished = 0
     for moment in itertools.count(1):
-        command = [sys.executable, "-c", SLOW]
         pid = os.fork()
         if pid == 0:
-            sys.argv = ["-c", str(moment)]
-            try:
-                exec(SLOW, {})
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        if status == 0:
+            killed_at(moment)
+            run(*new)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1] == 0:
             break
-        if contents("out") != old:  # then it is said
+        try:
+            assert load_meta("out")["files"] in (old, wanted)
+        except SystemExit as end:
             unfinished += 1
-            with pytest.raises(
-                SystemExit, match="run that was killed.*Run: python prepare_data.py"
-            ):
-                load_meta("out")
-            prepare_data.prepare_demo("out", seed=2, **demo)
-            assert load_meta("out")["files"] == wanted
-            prepare_data.prepare_demo("out", seed=1, **demo)
-    assert command and moment > 12 and unfinished > 5
-    assert load_meta("out")["files"] == wanted
-    assert sorted(os.listdir(".")) == ["new", "out"]
+            assert re.search("killed.*Run: python prepare_data.py --ref", end.code)
+        assert run(*new)["files"] == wanted
+        run(*text[0])
+    assert unfinished > 5 and load_meta("out")["files"] == wanted
+    assert sorted(os.listdir(".")) == ["other", "out", "ref.jsonl", "web.jsonl"]
 
 
-def test_a_stopped_run_says_so(text):
-    os.mkfifo("slow.txt")  # a reader waits here until it is stopped
-    command = [sys.executable, SCRIPT, *text[0], "slow.txt", "--out", "out", "--tokenizer", "300"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not Path(".out.preparing/lock").exists():
-        time.sleep(0.05)
-    assert "another run" in refused(*text[0])
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "interrupted; the same command continues\n"
-    assert process.returncode == 130 and not Path(".out.preparing").exists()
+def test_a_stopped_run_says_so_and_of_two_writers_one_waits_for_nothing(text, monkeypatch, capsys):
+    def interrupted(*args):
+        assert "another run" in refused(*text[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "write_split", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        prepare_data.run_script(lambda: run(*text[0]))
+    assert capsys.readouterr().err == "interrupted; the same command continues\n"
+    assert sorted(os.listdir(".")) == ["ref.jsonl", "web.jsonl"]
 
 
 # ---- meta.json ----
@@ -772,7 +742,7 @@ def write_tokenizer(kind, start, folder="model"):
     Path(folder).mkdir()
     tokenizer.save(f"{folder}/tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
-    config["eos_token"] = {"content": special[-1]}
+    config["eos_token"] = special[-1]
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -790,6 +760,7 @@ def test_a_tokenizer_json_is_what_transformers_makes_of_it(text, kind, start):
     options = {"add_special_tokens": False, "split_special_tokens": True}
     wanted = [theirs.encode(text, **options) for text in texts]
     # The text of special tokens stays text, and nothing depends on where the file came from.
+    text[1][:] = documents(40, "ref", words=120)
     text[1][0] += " </s> <|endoftext|> stays text"
     write_jsonl("ref.jsonl", text[1])
     run(*text[0], tokenizer="model")
@@ -870,7 +841,8 @@ def test_the_demo_is_what_it_says(tiny_data, capsys):
         of_kind = tokenizer.decode(tokens[kinds["train"] == meta["kinds"].index(name)])
         assert of_kind.count(marker) == tokenizer.decode(tokens).count(marker) > 5
     for split in ("ref", "train", "val_corpus", "sft"):
-        asked = re.findall("Question: (.*)\nAnswer:", "\n".join(read(split, tiny_data)[:-1]))
+        shown = tokenizer.decode(np.fromfile(tiny_data / f"{split}.bin", meta["dtype"]))
+        asked = re.findall("Question: (.*)\nAnswer:", shown)
         assert len(asked) > 2 and not held & set(asked)
     for row in read("ref", tiny_data):
         steps = re.findall(r"<<(.*?)=(.*?)>>", row)

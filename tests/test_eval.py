@@ -70,7 +70,8 @@ LATEX = r"""
 \boxed{x = -2} \quad \text{and} \quad \boxed{x = 1}  == -2, 1  != 1
 \boxed{[2,5)}  != 2,5 ⏐ \boxed{(2,5)}  == 2, 5  != [2,5]  != \{2,5\} ⏐ \boxed{1,2}  == \{2,1\}
 \boxed{\frac{1}{\sqrt{m}}}  == \sqrt{1/m}  != \sqrt{m} ⏐ \boxed{|x|}  != x
-\boxed{6!}  == 720  != 6 ⏐ \boxed{\binom{6}{2}}  == 15 ⏐ \boxed{1+\sin x}  == \sin(x)+1 ⏐ \boxed{\alpha}  != \beta
+\boxed{6!}  == 720  != 6 ⏐ \boxed{\binom{6}{2}}  == 15 ⏐ \boxed{1+\sin x}  == \sin(x)+1
+\boxed{\alpha}  != \beta ⏐ \boxed{x >= 3}  == x \ge 3  != x > 3
 \boxed{71}  != 12\sqrt{35} ⏐ The answer is 3.1416  == \pi  != \frac{22}{7} ⏐ \boxed{\pm 3}  == 3,-3
 \boxed{2\sqrt{3} \text{ cm}}  == 2\sqrt{3} ⏐ \boxed{15 \mbox{ cm}^2}  == 15
 \boxed{(a,b) = (4,1)}  == (4,1)  != (1,4) ⏐ \boxed{12_5}  != 12  != 12_6
@@ -125,10 +126,11 @@ def test_any_spelling_of_a_number_is_the_number(n, share):
 
 
 # Not plain numbers: none of them is the number in it.
-NO_NUMBER = """5x; x5; 2ab; 2 pi; 2c; 3 and 4; 3 or 4; 1 2; (3,4); 5 and a half; 3 thirds; 2 squared
-5!; 5^2; 2 log 3; 1/0; 3 times 4; 6_7; 4i; 5 - x; 5 + 2; 5 hundred; 3 + x; Mon. 5"""
-PAIRS = """0.5 == 50; 50% == 0.5; 75 != 3/4; 3 != 3000; 33.3333 == 100/3; 33.35 != 100/3; 1e3 == 1000
-10000 != 10001; 2001/2002 != 2011/2012; 2 1/2 == 2.5; 0 != 0.0001; 10000.5 == 10001.2"""
+NO_NUMBER = """5x; x5; 2ab; 2 pi; 2c; 3 and 4; 3 or 4; 1 2; (3,4); 5 and a half; 3 thirds
+5!; 5^2; 2 squared; 2 log 3; 1/0; 3 times 4; 6_7; 4i; 5 - x; 5 + 2; 5 hundred; 3 + x; Mon. 5"""
+PAIRS = """0.5 == 50; 50% == 0.5; 75 != 3/4; 3 != 3000; 33.3333 == 100/3; 33.35 != 100/3
+1e3 == 1000; 10000 != 10001; 2001/2002 != 2011/2012; 2 1/2 == 2.5; 0 != 0.0001
+10000.5 == 10001.2"""
 
 
 def test_what_is_no_number_and_how_near_numbers_are():
@@ -330,14 +332,14 @@ svamp | {"Body": "Ann has 3", "Question": "All?", "Answer": 3.0} | Ann has 3. Al
 asdiv | {"body": "B.", "question": "Q?", "answer": "9 (apples)"} | B. Q? | 9 (apples)
 mawps | {"question": "I?", "result": "43"} | I? | 43
 mawps | {"input": "I?", "target": 43.0} | I? | 43.0
-tabmwp | {"table_title": "A", "table": "r", "question": "Q?", "answer": "7", "choices": ["6", "7"]} \
- | Here is a table of A.⏎r⏎Q? Choose from: 6, 7. | 7
-tabmwp | {"table": "r", "question": "Q?", "answer": "7", "choices": null} | Here is a table.⏎r⏎Q? | 7
+tabmwp | {"table_title": "A", "table": "r", "question": "Q", "answer": "7", "choices": ["6", "7"]} \
+ | Here is a table of A.⏎r⏎Q Choose from: 6, 7. | 7
+tabmwp | {"table": "r", "question": "Q", "answer": "7", "choices": null} | Here is a table.⏎r⏎Q | 7
 mathqa | {"Problem": "P", "options": "a ) 1 , 200 , b ) 16", "correct": "b"} \
  | P⏎CHOOSE⏎(A) 1 , 200, (B) 16 | B
 mathqa | {"Problem": "P", "options": "['a ) 12', 'b ) 16']", "correct": "a"} \
  | P⏎CHOOSE⏎(A) 12, (B) 16 | A
-mathqa | {"question": "P", "options": ["A)3", "B)6 m"], "correct": "A"} | P⏎CHOOSE⏎(A) 3, (B) 6 m | A
+mathqa | {"question": "P", "options": ["A)3", "B)6"], "correct": "A"} | P⏎CHOOSE⏎(A) 3, (B) 6 | A
 mmlu_stem | {"question": "P", "subject": "astronomy", "choices": ["x", "y", "z"], "answer": 2} \
  | P⏎CHOOSE⏎(A) x, (B) y, (C) z | C
 sat | {"Question": "P", "options": "A) $f(-6)=0$ B) $f(6)=-6$", "Answer": "A"} \
@@ -377,6 +379,7 @@ svamp.json | [{"Question": "Q?", "Answer": 3},⏎{"Question": "Q?", "Answer": 3}
 tabmwp.json | {⏎"1": {"question": "Q?", "answer": "3"},⏎"2": {"question": "Q?", "answer": "4"}} | 2
 asdiv.xml | <M><Problem><Body>B</Body><Question>Q?</Question><Answer>9</Answer></Problem></M> | 1
 asdiv.jsonl | {"question": "Q?", "answer": "3; 4"}⏎{"question": "Q?", "answer": "3"} | 1
+asdiv.xml | <M><Problem><Body>B</Body> | asdiv.xml
 sat.csv | Question,Possible Answers,Answer⏎"P","A) 1 B) 2",B | 1
 mmlu_stem.jsonl | {"question": "Q?", "subject": "law", "choices": ["x"], "answer": 0} | no questions
 gsm8k.jsonl | {"question": "One?", "answer": "1"}⏎{"question": "Tw | gsm8k.jsonl
@@ -420,7 +423,7 @@ def run(arguments):
 
 def test_end_to_end(folder, capsys):
     run("--ckpt slm.pt --n 2 --max_new_tokens 20")
-    records = [json.loads(line) for line in open("slm.demo.answers.jsonl")]
+    records = [json.loads(line) for line in (folder / "slm.demo.answers.jsonl").open()]
     fields = ["question", "completion", "prediction", "gold", "correct", "shots"]
     assert [list(record) for record in records] == [fields] * 2
     out = capsys.readouterr().out

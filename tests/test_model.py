@@ -607,6 +607,96 @@ def test_ranks_go_out_as_a_tokenizer_with_the_same_ids(transformers, tmp_path, p
     save_hf(tiny(vocab_size=spec["n_vocab"]).float(), tmp_path, spec)
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in many_texts():
-        ids = get_tokenizer(spec).encode(text) if pattern == "none" else TOKENIZERS(spec, text)
+        ids = get_tokenizer(spec).bpe.encode_ordinary(text)
         assert exported(text).input_ids == [spec["eot"], *ids], repr(text)
     assert exported.bos_token_id == exported.eos_token_id == spec["eot"]
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert generation.eos_token_id == [spec["eot"]] and not generation.do_sample
+
+
+KINDS = {  # special tokens, of which the first begins a text where the file says so
+    "sentencepiece": ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+    "byte level": ["<|endoftext|>", "<|im_end|>"],
+}
+
+
+def write_tokenizer(folder, kind):
+    """A tokenizer.json as TinyLlama's, or one that adds no token, as Qwen's chat models have."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
+    if kind == "sentencepiece":
+        bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        bpe.normalizer = normalizers.Sequence(spaces)
+        bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        alphabet = []
+    else:
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.NFC()
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": KINDS[kind], "initial_alphabet": alphabet}
+    bpe.train([__file__], BpeTrainer(vocab_size=600, show_progress=False, **options))
+    bpe.save(str(folder / "tokenizer.json"))
+    eos = KINDS[kind][1]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_json_goes_out_as_it_came_in(transformers, tmp_path, kind):
+    save_hf(tiny(vocab_size=640).float(), tmp_path)
+    write_tokenizer(tmp_path, kind)
+    gpt, checkpoint = load_model(tmp_path)
+    save_hf(gpt, tmp_path / "out", checkpoint["tokenizer"])
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    for text in many_texts():
+        assert exported(text).input_ids == [*tokenizer.prompt_start, *tokenizer.encode(text)], text
+    assert len(tokenizer.prompt_start) == 1
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert set(generation.eos_token_id) == tokenizer.stops >= {0, 1}
+    assert load_model(tmp_path / "out")[1]["tokenizer"]["eot"] == tokenizer.eot
+
+
+def test_the_command_exports_a_student(transformers, tmp_path, capsys):
+    spec = ranks_spec(DEMO)
+    gpt = tiny(vocab_size=spec["n_vocab"]).float()
+    torch.save(checkpoint_of(gpt, spec), tmp_path / "slm.pt")
+    for _ in range(2):  # a second export takes the place of the first
+        main([str(tmp_path / "slm.pt"), str(tmp_path / "hub")])
+    assert str(tmp_path / "hub") in capsys.readouterr().out
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub")
+    tokens = tokenizer("the entire text", return_tensors="pt").input_ids
+    with torch.no_grad():
+        close(exported(tokens).logits, gpt(tokens))
+    # It stops where ours stops.
+    gpt.lm_head.weight.data[spec["eot"]] *= 3
+    save_hf(gpt, tmp_path / "hub", spec)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    for text in ("the", "in def", "34 12", "er", "12"):
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        written = exported.generate(tokens, max_new_tokens=20)[0, tokens.shape[1] :].tolist()
+        ours = generate(gpt, tokens.tolist(), 20, get_tokenizer(spec).stops)[0]
+        assert ours == [token for token in written if token != spec["eot"]]
+
+
+def test_an_export_keeps_what_is_there_and_half_of_one_is_no_model(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="extra hf is not installed")
+    gpt = tiny().float()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in line_of(save_hf, gpt, tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+    line_of(save_hf, tiny(qk_norm=True, window=5), tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # no family has this shape
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    save_hf(gpt, tmp_path / "hub")
+    monkeypatch.setattr(safetensors, "save_file", no_room)
+    assert "hub" in line_of(save_hf, gpt, tmp_path / "hub")
+    assert "config.json" in line_of(load_model, tmp_path / "hub")

@@ -195,7 +195,7 @@ def test_the_whole_sequence_stays_the_input_and_a_rule_sees_windows(cfg, ref, mo
         return seen[-1]
 
     def reads(model, tokens, *args, **kwargs):
-        if model.training:
+        if torch.is_grad_enabled():
             read.append(tokens)
         return real(model, tokens, *args, **kwargs)
 
@@ -363,7 +363,7 @@ def test_a_stale_score_is_never_used(cfg, ref, monkeypatch, tmp_path):
         ({"reference": f"{cfg.out}/other.pt"}, {}),
         ({"data": str(data)}, {}),
         ({"block_size": 32}, {}),
-        ({}, {"SCORING": [rho.SCORING[0], rho.code_of("2 * loss"), rho.SCORING[2]]}),
+        ({}, {"SCORING_CODE": [rho.code_of("2 * loss"), *rho.SCORING_CODE[1:]]}),
         ({}, {"CODE": {**rho.CODE, "model.py": "other"}}),
     ):
         with monkeypatch.context() as m:
@@ -571,6 +571,8 @@ def test_the_table_shows_own_runs_and_what_differs(cfg, ref, capsys, tmp_path):
         ("--stage slm --ratio 0", "--ratio"),
         ("--stage slm --ratio nan", "--ratio"),
         ("--stage slm --ratio 1.5", "--ratio"),
+        ("--stage slm --threshold nan", "--threshold"),
+        ("--name mine", "--name"),
         ("--stage clm --lr -1", "--lr"),
         ("--stage clm --lr inf", "--lr"),
         ("--stage clm --tokens 0", "--tokens"),
@@ -600,7 +602,7 @@ def test_flags_that_would_mislead_are_refused(cfg, capsys, flags, named):
 
 
 def test_every_field_is_a_flag():
-    cfg = rho.parse("--tokens 1e6 --tied --qk_norm false --threshold -0.5 --lr 3e-4".split())
+    cfg = rho.parse("--tokens 1e6 --tied --no-qk_norm --threshold -0.5 --lr 3e-4".split())
     assert (cfg.tokens, cfg.tied, cfg.qk_norm) == (1_000_000, True, False)
     assert (cfg.threshold, cfg.lr, cfg.n_layer) == (-0.5, 3e-4, Config.n_layer)
     assert rho.run_config(cfg, "slm").ratio is None
