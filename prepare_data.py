@@ -89,7 +89,7 @@ def prepare_text(args, sources, command):
         # What is wrong with a file should show now, and not after an hour.
         for source in chain(*sources.values()):
             for file in source.files:
-                next(read_role([source.again(files=[file])], args), None)
+                next(read_role([replace(source, files=[file], counts=Counter())], args), None)
         spec = make_spec(args, sources)
         tokenizer = get_tokenizer(spec)
         meta = new_meta(spec, args.seed, command)
@@ -117,7 +117,7 @@ def prepare_text(args, sources, command):
         write("val", val)
         # What is held out as target text must not be in the corpus either.
         held = HeldOut(VAL_CORPUS, f"{args.seed} train", val)
-        write("train", held.rest(clean("corpus")), args.max_tokens)
+        write("train", held.rest(clean("corpus")), args.max_tokens or math.inf)
         write("val_corpus", held.documents.values())
         if args.mix:
             write_split(work, "mixed", mixed_documents(work, meta, args.mix), meta)
@@ -134,8 +134,8 @@ def make_spec(args, sources):
     if not args.tokenizer.isdigit():
         return tokenizer_spec(args.tokenizer)
     texts = []
-    for role in ("reference", "corpus"):
-        documents = read_role([source.again() for source in sources[role]], args)
+    for source in sources["reference"] + sources["corpus"]:
+        documents = read_role([replace(source, counts=Counter())], args)
         texts += [document.text for document in islice(documents, 1000)]
     return train_tokenizer(int(args.tokenizer), texts)
 
@@ -173,10 +173,6 @@ class Source:
         counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
         return f"{self.role} {self.name}: {counts}"
 
-    def again(self, **changes):
-        """To be read without being counted."""
-        return replace(self, counts=Counter(), **changes)
-
 
 def find_sources(args):
     """The flags -> {role: [Source, ...]}. Exits if there is no text, or one file comes twice."""
@@ -192,12 +188,11 @@ def find_sources(args):
             sources[role].append(source)
             for file in source.files:
                 real = os.path.realpath(file)
-                unpacked = ENDING.sub(r"\1", real)  # beside a.jsonl, a.jsonl.gz is its copy
-                if unpacked in seen:
-                    sys.exit(f"--{role} {file} is the same text as {seen[unpacked]}: leave one out")
-                seen[unpacked] = file
-                folder, name = os.path.split(real)
-                if name in WRITTEN and folder == os.path.realpath(args.out):
+                text = ENDING.sub(r"\1", real)  # that of a.jsonl.gz is the same as a.jsonl's
+                if text in seen:
+                    sys.exit(f"--{role} {file} is the same text as {seen[text]}: leave one out")
+                seen[text] = file
+                if real in [os.path.realpath(f"{args.out}/{name}") for name in WRITTEN]:
                     sys.exit(f"--{role} {file} would be overwritten: choose another --out")
     return sources
 
@@ -215,12 +210,14 @@ def find_source(role, argument):
     source = Source(role, path, fields, float(weight))
     if source.weight == 0 or fields.count(",") > 2:
         sys.exit(f"{argument}: a weight is above 0, and there are at most three FIELDS")
-    is_folder = os.path.isdir(path)
-    for file in sorted(Path(path).rglob("*")) if is_folder else [Path(path)]:
-        hidden = is_folder and re.search(r"/\.|readme\.md$", f"/{file.relative_to(path)}", re.I)
-        if file.is_file() and ENDING.search(file.name) and not hidden:
-            source.files.append(file)
-        elif file.is_file():
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(map(str, Path(path).rglob("*")))
+    for file in filter(os.path.isfile, files):
+        passed_over = re.search(r"/\.|/readme\.md$", file.removeprefix(path), re.I)
+        if ENDING.search(file) and not passed_over:
+            source.files.append(Path(file))
+        else:
             source.counts["files passed over"] += 1
     if not source.files:
         why = "no text there" if os.path.exists(path) else "not found"
@@ -303,11 +300,10 @@ def read_hub(source):
 
 
 def open_rows(path, source):
-    """Yield (share of the file used, row): a dict, text of a .txt, or a ValueError for a bad one."""
+    """Yield (share of the file used, row): a dict, a text, or a ValueError for a bad one."""
     match = ENDING.search(path.name.lower())
     kind, packed = match.groups() if match else (".jsonl", None)
-    with open(path, "rb") as file:
-        beginning = file.read(30)
+    beginning = path.open("rb").read(30)
     for name, magic in MAGIC.items():
         if beginning.startswith(magic) and name != packed:
             sys.exit(f"{path} is a {name} under another name: unpack it, or git lfs pull")
@@ -378,16 +374,17 @@ class TextFile:
 
 
 def json_rows(file):
-    """The rows of JSON lines, or of one JSON array or object, which is read whole."""
+    """The rows of JSON lines, or of one JSON array, which is read whole."""
     lines = file.lines()
-    for number, line in enumerate(lines):
-        if number == 0 and (line[0] == "[" or line == "{\n"):
-            value = json.loads(line + "".join(lines))
-            rows = value if isinstance(value, list) else [value]
-            for i, row in enumerate(rows):
-                file.used = i / len(rows)
-                yield row
-        elif line.strip():
+    first = next(lines, "")
+    if first.startswith("["):
+        rows = json.loads(first + "".join(lines))
+        for i, row in enumerate(rows):
+            file.used = i / len(rows)
+            yield row
+        return
+    for line in chain([first], lines):
+        if line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -419,25 +416,24 @@ def row_parts(row, source):
         return [(row, False)]
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, no row with fields")
-    fields = source.fields
-    if not fields and source.role in ("questions", "sft"):
+    fields = source.fields or "text"
+    if not source.fields and source.role in ("questions", "sft"):
         there = [usual for usual in USUAL.split() if set(usual.split(",")) <= set(row)]
-        fields = there[0] if there else "question,answer"
-    names = (fields or "text").split(",")
-    if len(names) == 1 and isinstance(row.get(names[0]), list):
-        return chat(row[names[0]])
-    texts = [plain_text(row, names[0])]
-    if len(names) == 3 and row.get(names[1]) not in (None, ""):  # an optional input
-        texts.append(plain_text(row, names[1]))
-    question = "\n".join(texts)
-    answer = plain_text(row, names[-1]) if len(names) > 1 else ""
+        fields = [*there, "question,answer"][0]
+    first, *others = fields.split(",")
+    if not others and isinstance(row.get(first), list):
+        return chat(row[first])
+    question = plain_text(row, first)
+    if len(others) == 2 and row.get(others[0]):  # an instruction's input, if it has one
+        question += f"\n{plain_text(row, others[0])}"
+    answer = plain_text(row, others[-1]) if others else ""
     if source.role == "questions":
         return [(question.strip(), False), (answer.strip(), True)]
-    if len(names) > 1:
-        return [(f"Question: {question}\nAnswer:", False), (f" {answer}", True)]
-    if source.role == "sft":
+    if source.role == "sft" and not others:
         raise ValueError("--sft takes PATH::QUESTION,ANSWER or a chat")
-    return [(question, False)]
+    if not others:
+        return [(question, False)]
+    return [(f"Question: {question}\nAnswer:", False), (f" {answer}", True)]
 
 
 def plain_text(row, name):
@@ -956,10 +952,15 @@ def problem(rng, wrong=False):
 
 
 def fresh_problem(rng, held, wrong=0):
-    """A problem that is not held out or, with chance `wrong`, a wrong one, as a [(text, kind)]."""
-    question = next(iter(held))
-    while question in held:
-        question, worked, rest = problem(rng, rng.random() < wrong)
+    """A problem that is not held out or, with chance `wrong`, a wrong one."""
+    while True:
+        made = problem(rng, rng.random() < wrong)
+        if made[0] not in held:
+            return made
+
+
+def problem_text(question, worked, rest=""):
+    """[(text, kind), ...] of a problem."""
     return [(f"Question: {question}\nAnswer:{worked}", 0), (rest, 1)]
 
 
@@ -992,33 +993,31 @@ def pages(rng, held, towns, wrong, dirty):
     while True:
         page = [(" | ".join(rng.sample(MENU, 6)) + "\n", 4)]
         for _ in range(rng.randint(2, 4)):
-            page += fresh_problem(rng, held, wrong)
+            page += problem_text(*fresh_problem(rng, held, wrong))
             page += [dirt(rng, towns) for _ in range(dirty)]
         yield page
 
 
 def demo_spec(documents, vocab):
     """The spec of a tokenizer of the bytes, so that any text has tokens, and of frequent words."""
-    text = "".join(text for text, _ in chain(*documents))
-    words = [word for word, _ in Counter(regex.findall(PATTERN, text)).most_common()]
+    words = Counter()
+    for text, _ in chain(*documents):
+        words.update(word for word in regex.findall(PATTERN, text) if len(word) > 1)
     ranks = [bytes([byte]) for byte in range(256)]
-    ranks += [word.encode() for word in words if len(word) > 1][: vocab - 257]
+    ranks += [word.encode() for word, _ in words.most_common(vocab - 257)]
     ranks = [base64.b64encode(token).decode() for token in ranks]
     return {"name": "demo", "n_vocab": vocab, "eot": vocab - 1, "pat_str": PATTERN, "ranks": ranks}
 
 
-def demo_tokens(documents, tokenizer, limit=math.inf):
-    """The tokens of each document, and the kind of each token, up to `limit` tokens in all."""
-    tokens = []
-    kinds = []
-    n = 0
-    while n < limit and (document := next(documents, None)):
-        encoded = [tokenizer.encode(text) for text, _ in document]
-        tokens.append(np.array([tokenizer.eot, *chain(*encoded)], np.uint16))
-        lengths = [1, *map(len, encoded)]
-        kinds.append(np.repeat(np.array([0, *[kind for _, kind in document]], np.uint8), lengths))
-        n += len(tokens[-1])
-    return tokens, np.concatenate(kinds)
+def demo_tokens(document, tokenizer):
+    """The tokens of a [(text, kind), ...], and the kind of each."""
+    tokens = [tokenizer.eot]
+    kinds = [0]
+    for text, kind in document:
+        ids = tokenizer.encode(text)
+        tokens += ids
+        kinds += [kind] * len(ids)
+    return np.array(tokens, np.uint16), np.array(kinds, np.uint8)
 
 
 def prepare_demo(
@@ -1035,40 +1034,47 @@ def prepare_demo(
         question, worked, _ = problem(rng)
         held[question] = worked
     towns = [make_town(rng) for _ in range(400)]
-    clean = [fresh_problem(rng, held) for _ in range(n_ref)]
-    val = [[(f"Question: {question}\nAnswer:{held[question]}", 0)] for question in held]
+    clean = [problem_text(*fresh_problem(rng, held)) for _ in range(n_ref)]
     # The tokenizer sees pages as they are by default, so that it does not depend on the knobs.
     usual_pages = pages(random.Random(seed + 1), held, towns, 0.75, 1)
     spec = demo_spec([*clean[:1500], *islice(usual_pages, 300)], vocab)
     tokenizer = get_tokenizer(spec)
     corpus = pages(random.Random(seed + 2), held, towns, wrong, dirty)
+    splits = {  # val_corpus goes on where train ends
+        "ref": (clean, math.inf),
+        "train": (corpus, n_train),
+        "val": ([problem_text(*item) for item in held.items()], math.inf),
+        "val_corpus": (corpus, n_train // 40),
+    }
+    rng = random.Random(seed + 3)
+    source = Source("sft", "demo")
+    pairs = []
+    for _ in range(1000):
+        question, worked, _ = fresh_problem(rng, held)
+        parts = [(f"Question: {question}\nAnswer:", False), (worked, True)]
+        pairs.append(Document("", parts, source))
     command = f"python prepare_data.py --seed {seed} --n_ref {n_ref} --max_tokens {n_train}"
     command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {folder}"
     meta = {**new_meta(spec, seed, command), "kinds": KINDS}
-    splits = {  # made in this order: val_corpus goes on where train ends
-        "ref": demo_tokens(iter(clean), tokenizer),
-        "train": demo_tokens(corpus, tokenizer, n_train),
-        "val": demo_tokens(iter(val), tokenizer),
-        "val_corpus": demo_tokens(corpus, tokenizer, n_train // 40),
-    }
-    rng = random.Random(seed + 3)
-    pairs = [demo_pair(*fresh_problem(rng, held)[0]) for _ in range(1000)]
     with new_folder(folder) as work:
-        for split, (tokens, _) in splits.items():
+        all_kinds = {}
+        for split, (documents, limit) in splits.items():
+            encoded = []
+            n_tokens = 0
+            for document in documents:
+                encoded.append(demo_tokens(document, tokenizer))
+                n_tokens += len(encoded[-1][0])
+                if n_tokens >= limit:
+                    break
+            tokens, kinds = zip(*encoded, strict=True)
             write_split(work, split, tokens, meta)
-        np.savez(work / "kinds.npz", **{split: kinds for split, (_, kinds) in splits.items()})
+            all_kinds[split] = np.concatenate(kinds)
+        np.savez(work / "kinds.npz", **all_kinds)
         if mix:
             write_split(work, "mixed", mixed_documents(work, meta, mix), meta)
         write_questions(work, {question: held[question].strip(" ") for question in held})
         write_answers(work, pairs, tokenizer, meta)
         publish(work, folder, meta)
-
-
-def demo_pair(text, _):
-    """A problem for fine-tuning: a Document of question and answer."""
-    question, seam, answer = text.partition("\nAnswer:")
-    parts = [(question + seam, False), (answer, True)]
-    return Document(text, parts, Source("sft", "demo"))
 
 
 # ==== What all four scripts share =================================================================
@@ -1158,23 +1164,17 @@ def main(argv=None):
     add("--dirty", type=int, default=1, help="demo: pieces of dirt beside each problem")
     args = parser.parse_args(argv)
 
-    own = args.reference or args.corpus
-    is_demo = not own and not args.recipe
-    if args.max_tokens is None:
-        args.max_tokens = 3.2e6 if is_demo else math.inf
-    if args.mix is None:
-        args.mix = 0.6 if is_demo else 0
+    is_demo = not any(getattr(args, role) for role in ROLES) and not args.recipe
+    if is_demo:
+        args.max_tokens = args.max_tokens or 3.2e6
+        args.mix = 0.6 if args.mix is None else args.mix
     # Comparisons with nan are false.
-    if not (args.max_tokens >= 1 and args.val_docs >= 1 and args.n_ref >= 1 and args.dirty >= 0):
-        parser.error("--max_tokens, --val_docs and --n_ref are at least 1, --dirty 0")
-    if not (0 <= args.mix < 1 and 0 <= args.wrong <= 1):
+    if not (args.max_tokens is None or args.max_tokens >= 1) or args.val_docs < 1:
+        parser.error("--max_tokens and --val_docs are at least 1")
+    if not (0 <= (args.mix or 0) < 1 and 0 <= args.wrong <= 1):
         parser.error("--mix is from 0 to less than 1, --wrong from 0 to 1")
-    if args.recipe and own:
-        parser.error("--recipe brings its own text: leave out --reference and --corpus")
-    if own and not (args.reference and args.corpus):
-        parser.error("text of your own is --reference PATH and --corpus PATH: one is missing")
-    if is_demo and (args.val or args.sft or args.questions):
-        parser.error("--val, --sft and --questions go with --reference and --corpus")
+    if not is_demo and bool(args.recipe) == bool(args.reference and args.corpus):
+        parser.error("text is --reference PATH with --corpus PATH, or --recipe NAME")
     args.out = args.out or f"data/{args.recipe or ('demo' if is_demo else 'mine')}"
     if is_demo:
         numbers = (args.seed, args.n_ref, int(args.max_tokens), args.wrong, args.dirty, args.mix)

@@ -1,12 +1,19 @@
-"""results/: what the picture and the page show is what the runs have stored."""
+"""What the pages say: the picture and the page of tokens, and the front page's commands and code."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
+import torch
 
+import model
+import prepare_data
+import rho
 from prepare_data import get_tokenizer, load_meta
 
 sys.path.append(str(Path(__file__).parents[1] / "results"))
@@ -104,3 +111,77 @@ def test_losses_of_another_text_are_not_shown(out):
     log = out / "clm.jsonl"
     log.write_text(log.read_text().replace('"val_corpus.bin": "', '"val_corpus.bin": "0'))
     assert "clm" not in tokens_page.page_data(out)["runs"]
+
+
+# ---- the front page ------------------------------------------------------------------------------
+
+ROOT = Path(rho.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+
+
+def commands(script, text):
+    """The arguments of each line that calls a script, $NAMES filled in."""
+    variables = dict(re.findall(r'^([A-Z]+)="(.*)"$', text, re.M))
+    for line in re.findall(rf"^python {script} ?(.*)", text, re.M):
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        yield shlex.split(line, comments=True)
+
+
+def test_every_command_of_rho_py_is_one_and_what_is_named_exists():
+    lines = [*commands("rho.py", README), *commands("rho.py", rho.__doc__.replace("    py", "py"))]
+    assert len(lines) > 12
+    for arguments in lines:
+        cfg = rho.parse(arguments)
+        if cfg.stage not in ("all", "table"):
+            rho.run_config(cfg, cfg.stage)
+    for name in re.findall(r"(?:results|tests)/[\w./]*\w|\b\w+\.py\b", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_commands_for_your_own_text_run(tmp_path, tiny_data, monkeypatch):
+    """Each as it is printed, with a small model and few tokens."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": f"Line {i} of {i * i} good words."}) for i in range(400)]
+    (tmp_path / "good.jsonl").write_text("\n".join(rows))
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.txt").write_text("\n".join(f"{i} pages, dirty." for i in range(9000)))
+    pandas.DataFrame({"text": [f"Row {i}" for i in range(300)]}).to_parquet("more.parquet")
+    text = section("Your own text")
+    for arguments in commands("prepare_data.py", text):
+        prepare_data.main([*arguments, "--tokenizer", str(tiny_data / "meta.json")])
+    small = "--block_size 32 --n_layer 1 --n_embd 16 --n_inner 32 --n_head 2 --evals 1"
+    small += " --tokens 512 --ref_tokens 512 --eval_windows 2 --device cpu"
+    for arguments in commands("rho.py", text):
+        rho.main([*arguments, *small.split()])
+    assert {path.stem for path in (tmp_path / "out" / "mine").glob("*.pt")} == {
+        *("ref", "clm", "slm", "clm-mixed")
+    }
+    for arguments in commands("model.py", text):
+        model.main(arguments)
+    assert (tmp_path / "FOLDER" / "config.json").exists()
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 1.0])
+def test_the_code_for_your_own_trainer_equals_rho_py(ratio):
+    code = re.search(r"```python\n(.*?)```", section("In your own trainer"), re.S)[1]
+    there = {"torch": torch, "F": torch.nn.functional}
+    exec(code, there)
+    logits = torch.randn(3, 9, 11, requires_grad=True)
+    labels = torch.randint(11, (3, 9))
+    labels[0, 4:] = -100
+    ref_losses = there["token_losses"](torch.randn(3, 9, 11), labels)
+    loss = there["slm_loss"](logits, labels, ref_losses, ratio)
+    valid = labels[:, 1:] != -100
+    student_loss = rho.token_loss(logits[:, :-1], labels[:, 1:].clamp(min=0))
+    score = rho.score_tokens("excess", student_loss, ref_losses)
+    loss_sum, mask_sum = rho.selective_loss(
+        student_loss, rho.select_tokens(score, ratio, None, valid)
+    )
+    torch.testing.assert_close(loss, loss_sum / mask_sum)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (loss, loss_sum / mask_sum)]
+    torch.testing.assert_close(*gradients)
