@@ -174,7 +174,7 @@ def test_a_comparison_that_never_ends_is_ended():
     eval_math.start_worker().kill()
     eval_math.start_worker().wait()
     is_equiv("x+1", "1+x")  # finds it dead
-    for text in (r"\sum_{k=1}^{10^{9}} \frac{1}{k^{k}}", "(" * 140 + "1" + ")" * 140):
+    for text in ("10^{10^{10}}!", r"9^{9^{9^{9}}}"):
         started = time.perf_counter()
         assert not is_equiv(text, "1") and time.perf_counter() - started < 30
         assert is_equiv(r"\sqrt{8}", r"2\sqrt{2}")  # by another worker
@@ -306,10 +306,10 @@ def test_a_small_window_drops_examples_and_counts_what_does_not_fit_as_wrong(stu
     assert [r["shots"] for r in records] == [None, 0, 0]
     assert records[0]["completion"] == "" and not records[0]["correct"]
     longest = len(f"Question: {QUESTIONS[0]['question']}\nAnswer:") + 1
-    for block_size, written in ((longest + 1, 1), (longest, 0)):
+    for block_size, written, shots in ((longest + 1, 1, 0), (longest, 0, None)):
         model = writer(REPLIES, block_size)
-        answer_questions(model, tokenizer, QUESTIONS[:1])
-        assert model.written == written
+        [record] = answer_questions(model, tokenizer, QUESTIONS[:1])
+        assert model.written == written and record["shots"] == shots
     model = writer(REPLIES, 512)
     assert 0 < answer_questions(model, tokenizer, QUESTIONS[1:2], 8, 64, 200)[0]["shots"] < 8
     assert model.written == 200

@@ -1,4 +1,4 @@
-"""What the pages say: the picture and the page of tokens, and the front page's commands and code."""
+"""What the pages say: the picture, the page of tokens, and the front page's commands and code."""
 
 import json
 import re
@@ -133,7 +133,8 @@ def commands(script, text):
 
 
 def test_every_command_of_rho_py_is_one_and_what_is_named_exists():
-    lines = [*commands("rho.py", README), *commands("rho.py", rho.__doc__.replace("    py", "py"))]
+    lines = [*commands("rho.py", README)]
+    lines += [text.split() for text in re.findall(r"python rho\.py(.*?)(?:  |\n)", rho.__doc__)]
     assert len(lines) > 12
     for arguments in lines:
         cfg = rho.parse(arguments)
