@@ -383,16 +383,15 @@ def read_file(path):
     """The rows of a file: what prepare_data.py reads, ASDiv's XML, or TabMWP's object of rows."""
     if not path.is_file():
         sys.exit(f"{path} not found; --task takes demo, {', '.join(TASKS)}, all or a file")
-    if path.suffix == ".xml":
-        try:
+    try:
+        if path.suffix == ".xml":
             problems = ElementTree.parse(path).iter("Problem")
-        except ElementTree.ParseError as error:
-            sys.exit(f"{path}: {error}")
-        return [{field.tag: field.text for field in problem} for problem in problems]
-    rows = list(read_rows(path))
-    if len(rows) == 1 and all(isinstance(row, dict) for row in rows[0].values()):
-        return list(rows[0].values())
-    return rows
+            return [{field.tag: field.text for field in problem} for problem in problems]
+        if path.suffix == ".json" and re.match(r'\{\s*"\d+":\s*\{', path.read_text("utf-8")):
+            return list(json.loads(path.read_text("utf-8")).values())
+    except (ValueError, ElementTree.ParseError) as error:
+        sys.exit(f"{path}: {error}")
+    return list(read_rows(path))
 
 
 def hub_rows(task):

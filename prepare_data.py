@@ -54,7 +54,6 @@ ENDING = re.compile(
 MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 MAGIC["git-LFS pointer"] = b"version https://git-lfs"
 LANES = 64  # files of one source that are open at a time
-BLOCK = 1 << 18  # characters that are read at a time
 PIECE = 1 << 16  # characters of a .txt that make one document, at most
 BATCH = 1 << 20  # characters that are tokenized at a time
 NGRAM = 13  # words in a row that a document must not share with a question
@@ -117,7 +116,7 @@ def prepare_text(args, sources, command):
         write("val", val)
         # What is held out as target text must not be in the corpus either.
         held = HeldOut(VAL_CORPUS, f"{args.seed} train", val)
-        write("train", held.rest(clean("corpus")), args.max_tokens or math.inf)
+        write("train", held.rest(clean("corpus")), args.max_tokens)
         write("val_corpus", held.documents.values())
         if args.mix:
             write_split(work, "mixed", mixed_documents(work, meta, args.mix), meta)
@@ -200,22 +199,19 @@ def find_sources(args):
 def find_source(role, argument):
     """PATH, PATH::FIELDS, PATH:WEIGHT or PATH::FIELDS:WEIGHT -> Source."""
     path = os.path.expanduser(argument)
-    fields = ""
-    weight = "1"
-    # Names may have colons: what exists under its whole name is that.
-    if re.search(r":\d*\.?\d+$", path) and not os.path.exists(path):
-        path, weight = path.rsplit(":", 1)
-    if "::" in path and not os.path.exists(path):
-        path, fields = path.rsplit("::", 1)
-    source = Source(role, path, fields, float(weight))
-    if source.weight == 0 or fields.count(",") > 2:
+    source = Source(role, path)
+    if not os.path.exists(path):  # names may have colons: what exists is not taken apart
+        parts = re.fullmatch(r"(.+?)(?:::([^:.]+))?(?::(\d*\.?\d+))?", path)
+        path, fields, weight = parts.groups()
+        source = Source(role, path, fields or "", float(weight or 1))
+    if source.weight == 0 or source.fields.count(",") > 2:
         sys.exit(f"{argument}: a weight is above 0, and there are at most three FIELDS")
     files = [path]
     if os.path.isdir(path):
         files = sorted(map(str, Path(path).rglob("*")))
     for file in filter(os.path.isfile, files):
-        passed_over = re.search(r"/\.|/readme\.md$", file.removeprefix(path), re.I)
-        if ENDING.search(file) and not passed_over:
+        hidden = re.search(r"/\.|/readme\.md$", file.removeprefix(path), re.I)
+        if ENDING.search(file) and not hidden:
             source.files.append(Path(file))
         else:
             source.counts["files passed over"] += 1
@@ -303,22 +299,26 @@ def open_rows(path, source):
     """Yield (share of the file used, row): a dict, a text, or a ValueError for a bad one."""
     match = ENDING.search(path.name.lower())
     kind, packed = match.groups() if match else (".jsonl", None)
-    beginning = path.open("rb").read(30)
+    with open(path, "rb") as file:
+        beginning = file.read(30)
     for name, magic in MAGIC.items():
         if beginning.startswith(magic) and name != packed:
             sys.exit(f"{path} is a {name} under another name: unpack it, or git lfs pull")
     if kind == ".parquet":
-        yield from parquet_rows(path, source.fields or "text")
-        return
-    file = TextFile(path, packed, source.counts)
-    rows = json_rows(file)
-    if kind in (".txt", ".md"):
-        rows = file.blocks(PIECE * 3 // 4, PIECE // 4)
+        groups = parquet_rows(path, source)
+    elif kind in (".txt", ".md"):
+        blocks = read_blocks(path, packed, source, PIECE * 3 // 4, PIECE // 4)
+        groups = ((share, [block]) for share, block in blocks)
     elif kind == ".csv":
-        csv.field_size_limit(1 << 30)
-        rows = csv.DictReader(file.lines(), strict=True)
-    for row in rows:
-        yield file.used, row
+        groups = csv_rows(read_blocks(path, packed, source))
+    else:
+        groups = json_rows(read_blocks(path, packed, source))
+    # An archive is unpacked in large blocks: inside one, all rows count alike.
+    begin = 0.0
+    for end, rows in groups:
+        for i, row in enumerate(rows, 1):
+            yield begin + (end - begin) * i / len(rows), row
+        begin = end
 
 
 class SlowFile(io.FileIO):
@@ -328,81 +328,76 @@ class SlowFile(io.FileIO):
         return super().read(min(size, 4096))
 
 
-class TextFile:
-    """A text file, unpacked; `used` is the share of it that has been read."""
+def read_blocks(path, packed, source, size=1 << 18, longest=-1):
+    """Yield (share of the file used, text): `size` characters and on to the end of the line, by at
+    most `longest`. Exits if it is not UTF-8; an archive that is cut short raises."""
+    characters = 0
+    replaced = 0
+    with SlowFile(path) as raw:
+        file = raw
+        if packed == ".xz":
+            file = lzma.LZMAFile(raw)  # noqa: SIM115
+        elif packed:
+            codec = {".gz": "gzip", ".zst": "zstd"}[packed]
+            file = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="replace")
+        while block := text.read(size):
+            block += text.readline(longest)
+            characters += len(block)
+            replaced += block.count("\ufffd")
+            if "\0" in block or replaced > characters / 100:
+                sys.exit(f"{path} is not UTF-8: iconv -f UTF-16 (or LATIN1) -t UTF-8")
+            yield raw.tell() / os.path.getsize(path), block
+    if replaced:
+        source.counts["characters replaced"] += replaced
 
-    def __init__(self, path, packed, counts):
-        self.path = path
-        self.packed = packed
-        self.counts = counts
-        self.used = 0.0
 
-    def blocks(self, size, longest=-1):
-        """Yield texts: `size` characters and on to the end of the line, by at most `longest`."""
-        characters = 0
-        replaced = 0
-        with SlowFile(self.path) as raw:
-            file = raw
-            if self.packed == ".xz":
-                file = lzma.open(raw)
-            elif self.packed:
-                codec = {".gz": "gzip", ".zst": "zstd"}[self.packed]
-                file = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
-            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace")
-            while block := text.read(size):
-                block += text.readline(longest)
-                characters += len(block)
-                replaced += block.count("\ufffd")
-                if "\0" in block or replaced > characters / 100:
-                    sys.exit(f"{self.path} is not UTF-8: iconv -f UTF-16 (or LATIN1) -t UTF-8")
-                self.used = raw.tell() / os.path.getsize(self.path)
-                yield block
-        if replaced:
-            self.counts["characters replaced"] += replaced
+def json_rows(blocks):
+    """Yield (share, rows) of JSON lines, or of one JSON array, which is read whole."""
+    for share, block in blocks:
+        if block.startswith("["):
+            yield 1.0, json.loads(block + "".join(rest for _, rest in blocks))
+            return
+        # Not splitlines(): a JSON string may hold U+2028.
+        yield share, [json_row(line) for line in block.split("\n") if line.strip()]
 
-    def lines(self):
-        begin = 0.0
-        for block in self.blocks(BLOCK):
-            # An archive is unpacked in large blocks: inside one, all text counts alike.
-            end = self.used
+
+def json_row(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON: {error}")  # for --skip_bad; the file may go on
+
+
+def csv_rows(blocks):
+    """Yield (share, rows) of a .csv."""
+    share = 0.0
+
+    def lines():
+        nonlocal share
+        for end, block in blocks:
+            begin = share
             done = 0
             for line in io.StringIO(block):
                 done += len(line)
-                self.used = begin + (end - begin) * done / len(block)
+                share = begin + (end - begin) * done / len(block)
                 yield line
-            begin = end
+
+    csv.field_size_limit(1 << 30)
+    for row in csv.DictReader(lines(), strict=True):
+        yield share, [row]
 
 
-def json_rows(file):
-    """The rows of JSON lines, or of one JSON array, which is read whole."""
-    lines = file.lines()
-    first = next(lines, "")
-    if first.startswith("["):
-        rows = json.loads(first + "".join(lines))
-        for i, row in enumerate(rows):
-            file.used = i / len(rows)
-            yield row
-        return
-    for line in chain([first], lines):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                # Not raised, for then this generator would yield no more.
-                yield ValueError(f"not JSON: {error}")
-
-
-def parquet_rows(path, fields):
-    """Yield (share, row) of a parquet file, of which only the columns with text are read."""
+def parquet_rows(path, source):
+    """Yield (share, rows) of a .parquet, of which only the columns with text are read."""
     table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
-    columns = fields.split(",")
+    columns = (source.fields or "text").split(",")
     if not set(columns) <= set(table.schema_arrow.names):
         columns = None  # all, so that the message can name those that are there
     done = 0
     for batch in table.iter_batches(16, columns=columns):  # few at a time: a row may be long
-        for row in batch.to_pylist():
-            done += 1
-            yield done / table.metadata.num_rows, row
+        done += len(batch)
+        yield done / table.metadata.num_rows, batch.to_pylist()
 
 
 # ==== Fields: a row -> its text, of which some may be answers =====================================
@@ -487,7 +482,7 @@ def ngrams(text):
 
 
 def question_grams(questions):
-    """All runs of the questions, but for those that are in many a text by chance ("1 1 1 1 ...")."""
+    """All runs of the questions, but for those that many a text has by chance ("1 1 1 1 ...")."""
     grams = set()
     for gram in chain.from_iterable(map(ngrams, questions)):
         if len({word for word in gram if word.isalpha() and len(word) > 1}) >= 5:
@@ -801,23 +796,22 @@ class FileTokenizer(Tokenizer):
 
 def get_tokenizer(spec):
     """meta["tokenizer"] -> a Tokenizer."""
+    name = spec["name"]
     if "json" in spec:
-        bpe = read_tokenizer_json(spec["json"], spec["name"])
+        bpe = read_tokenizer_json(spec["json"], name)
         bpe.encode_special_tokens = True  # as the text that they are
         bpe.no_truncation()
         bpe.no_padding()
         return FileTokenizer(spec, bpe, bpe.get_vocab().values())
-    name = spec["name"]
     with one_line(f"tokenizer {name}", "No network? Set TIKTOKEN_CACHE_DIR"):
-        if "ranks" in spec:
+        if "ranks" not in spec:
+            bpe = tiktoken.get_encoding(name)
+        else:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             special = {"<|endoftext|>": spec["eot"]}
-            bpe = tiktoken.Encoding(
-                name, pat_str=spec["pat_str"], mergeable_ranks=ranks, special_tokens=special
-            )
-        else:
-            bpe = tiktoken.get_encoding(name)
-        known = chain(bpe._mergeable_ranks.values(), bpe._special_tokens.values())
+            settings = {"mergeable_ranks": ranks, "special_tokens": special}
+            bpe = tiktoken.Encoding(name, pat_str=spec["pat_str"], **settings)
+        known = {*bpe._mergeable_ranks.values(), *bpe._special_tokens.values()}
         return Tokenizer(spec, bpe, known)
 
 
@@ -857,15 +851,13 @@ def file_spec(text, name, eos=None):
     start = a_text.ids[: a_text.special_tokens_mask.index(0)]
     eos = eos["content"] if isinstance(eos, dict) else eos or "</s>"
     # The separator is not always eos: an instruct model's ends a turn (<|im_end|>).
-    ends = [
-        vocabulary[end] for end in ("<|endoftext|>", "<|end_of_text|>", eos) if end in vocabulary
-    ]
-    if not ends + start:
+    ends = map(vocabulary.get, ("<|endoftext|>", "<|end_of_text|>", eos))
+    known = [end for end in (*ends, *start) if end is not None]
+    if not known:
         raise ValueError("no token ends a text")
     n_vocab = max(vocabulary.values()) + 1  # ids may leave holes
-    eot = (ends + start)[0]
-    spec = {"name": name, "n_vocab": n_vocab, "eot": eot, "eos": vocabulary.get(eos, eot)}
-    return {**spec, "start": start, "json": text}
+    spec = {"name": name, "n_vocab": n_vocab, "eot": known[0], "start": start, "json": text}
+    return {**spec, "eos": vocabulary.get(eos, known[0])}
 
 
 def train_tokenizer(size, texts):
@@ -1000,24 +992,34 @@ def pages(rng, held, towns, wrong, dirty):
 
 def demo_spec(documents, vocab):
     """The spec of a tokenizer of the bytes, so that any text has tokens, and of frequent words."""
-    words = Counter()
-    for text, _ in chain(*documents):
-        words.update(word for word in regex.findall(PATTERN, text) if len(word) > 1)
+    text = "".join(text for text, _ in chain(*documents))
+    words = Counter(word for word in regex.findall(PATTERN, text) if len(word) > 1)
     ranks = [bytes([byte]) for byte in range(256)]
     ranks += [word.encode() for word, _ in words.most_common(vocab - 257)]
     ranks = [base64.b64encode(token).decode() for token in ranks]
     return {"name": "demo", "n_vocab": vocab, "eot": vocab - 1, "pat_str": PATTERN, "ranks": ranks}
 
 
-def demo_tokens(document, tokenizer):
-    """The tokens of a [(text, kind), ...], and the kind of each."""
-    tokens = [tokenizer.eot]
-    kinds = [0]
-    for text, kind in document:
-        ids = tokenizer.encode(text)
-        tokens += ids
-        kinds += [kind] * len(ids)
-    return np.array(tokens, np.uint16), np.array(kinds, np.uint8)
+def demo_tokens(documents, tokenizer, limit):
+    """Yield the tokens of each [(text, kind), ...] and their kinds, up to `limit` tokens in all."""
+    n = 0
+    for document in documents:
+        tokens = [tokenizer.eot]
+        kinds = [0]
+        for text, kind in document:
+            ids = tokenizer.encode(text)
+            tokens += ids
+            kinds += [kind] * len(ids)
+        yield np.array(tokens, np.uint16), np.array(kinds, np.uint8)
+        n += len(tokens)
+        if n >= limit:
+            return
+
+
+def demo_pair(question, worked, _):
+    """A Document for fine-tuning."""
+    parts = [(f"Question: {question}\nAnswer:", False), (worked, True)]
+    return Document("", parts, Source("sft", "demo"))
 
 
 def prepare_demo(
@@ -1047,26 +1049,14 @@ def prepare_demo(
         "val_corpus": (corpus, n_train // 40),
     }
     rng = random.Random(seed + 3)
-    source = Source("sft", "demo")
-    pairs = []
-    for _ in range(1000):
-        question, worked, _ = fresh_problem(rng, held)
-        parts = [(f"Question: {question}\nAnswer:", False), (worked, True)]
-        pairs.append(Document("", parts, source))
+    pairs = [demo_pair(*fresh_problem(rng, held)) for _ in range(1000)]
     command = f"python prepare_data.py --seed {seed} --n_ref {n_ref} --max_tokens {n_train}"
     command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {folder}"
     meta = {**new_meta(spec, seed, command), "kinds": KINDS}
     with new_folder(folder) as work:
         all_kinds = {}
         for split, (documents, limit) in splits.items():
-            encoded = []
-            n_tokens = 0
-            for document in documents:
-                encoded.append(demo_tokens(document, tokenizer))
-                n_tokens += len(encoded[-1][0])
-                if n_tokens >= limit:
-                    break
-            tokens, kinds = zip(*encoded, strict=True)
+            tokens, kinds = zip(*demo_tokens(documents, tokenizer, limit), strict=True)
             write_split(work, split, tokens, meta)
             all_kinds[split] = np.concatenate(kinds)
         np.savez(work / "kinds.npz", **all_kinds)
@@ -1165,16 +1155,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     is_demo = not any(getattr(args, role) for role in ROLES) and not args.recipe
-    if is_demo:
-        args.max_tokens = args.max_tokens or 3.2e6
-        args.mix = 0.6 if args.mix is None else args.mix
+    if args.max_tokens is None:
+        args.max_tokens = 3.2e6 if is_demo else math.inf
+    if args.mix is None:
+        args.mix = 0.6 if is_demo else 0
     # Comparisons with nan are false.
-    if not (args.max_tokens is None or args.max_tokens >= 1) or args.val_docs < 1:
+    if not (args.max_tokens >= 1 and args.val_docs >= 1):
         parser.error("--max_tokens and --val_docs are at least 1")
-    if not (0 <= (args.mix or 0) < 1 and 0 <= args.wrong <= 1):
+    if not (0 <= args.mix < 1 and 0 <= args.wrong <= 1):
         parser.error("--mix is from 0 to less than 1, --wrong from 0 to 1")
-    if not is_demo and bool(args.recipe) == bool(args.reference and args.corpus):
-        parser.error("text is --reference PATH with --corpus PATH, or --recipe NAME")
+    n_own = bool(args.reference) + bool(args.corpus)
+    if not is_demo and n_own != (0 if args.recipe else 2):
+        parser.error("text is --reference PATH with --corpus PATH, or else --recipe NAME")
     args.out = args.out or f"data/{args.recipe or ('demo' if is_demo else 'mine')}"
     if is_demo:
         numbers = (args.seed, args.n_ref, int(args.max_tokens), args.wrong, args.dirty, args.mix)

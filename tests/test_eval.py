@@ -71,7 +71,7 @@ LATEX = r"""
 \boxed{[2,5)}  != 2,5 ⏐ \boxed{(2,5)}  == 2, 5  != [2,5]  != \{2,5\} ⏐ \boxed{1,2}  == \{2,1\}
 \boxed{\frac{1}{\sqrt{m}}}  == \sqrt{1/m}  != \sqrt{m} ⏐ \boxed{|x|}  != x
 \boxed{6!}  == 720  != 6 ⏐ \boxed{\binom{6}{2}}  == 15 ⏐ \boxed{1+\sin x}  == \sin(x)+1
-\boxed{\alpha}  != \beta ⏐ \boxed{x >= 3}  == x \ge 3  != x > 3
+\boxed{\alpha}  != \beta ⏐ \boxed{1 \leq x \leq 2}  == [1,2] ⏐ \boxed{x >= 3}  == x \ge 3  != x > 3
 \boxed{71}  != 12\sqrt{35} ⏐ The answer is 3.1416  == \pi  != \frac{22}{7} ⏐ \boxed{\pm 3}  == 3,-3
 \boxed{2\sqrt{3} \text{ cm}}  == 2\sqrt{3} ⏐ \boxed{15 \mbox{ cm}^2}  == 15
 \boxed{(a,b) = (4,1)}  == (4,1)  != (1,4) ⏐ \boxed{12_5}  != 12  != 12_6
@@ -380,6 +380,7 @@ tabmwp.json | {⏎"1": {"question": "Q?", "answer": "3"},⏎"2": {"question": "Q
 asdiv.xml | <M><Problem><Body>B</Body><Question>Q?</Question><Answer>9</Answer></Problem></M> | 1
 asdiv.jsonl | {"question": "Q?", "answer": "3; 4"}⏎{"question": "Q?", "answer": "3"} | 1
 asdiv.xml | <M><Problem><Body>B</Body> | asdiv.xml
+tabmwp.json | {"1": {"question": "Q?", | tabmwp.json
 sat.csv | Question,Possible Answers,Answer⏎"P","A) 1 B) 2",B | 1
 mmlu_stem.jsonl | {"question": "Q?", "subject": "law", "choices": ["x"], "answer": 0} | no questions
 gsm8k.jsonl | {"question": "One?", "answer": "1"}⏎{"question": "Tw | gsm8k.jsonl
