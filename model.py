@@ -51,8 +51,8 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head or self.head_dim % 2:
-            sys.exit(f"n_head {self.n_head} has to be a multiple of n_kv_head, and head_dim even")
+        if self.n_head % self.n_kv_head or self.head_dim % 2 or not self.head_dim:
+            sys.exit("n_head has to be a multiple of n_kv_head, and head_dim even and not 0")
 
 
 def rotary_angles(position, config):
@@ -325,7 +325,7 @@ def load_model(path, device="cpu", block_size=None):
     """(GPT in float32, checkpoint) of a file that rho.py wrote, or of a Hugging Face folder.
 
     Of a folder, the second is {"tokenizer": spec}, or {} where it has no tokenizer.json.
-    block_size: the longest sequence that will come, so that longer tables take no memory.
+    block_size: the longest sequence that will come, if that is shorter than the model's own.
     """
     if Path(path).is_dir():
         checkpoint = {}
@@ -380,21 +380,18 @@ HF_NAMES = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
     "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
     "head_dim": "head_dim", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "window": "sliding_window",
+    "rope_theta": "rope_theta", "window": "sliding_window",
 }  # fmt: skip
-# What a key is that config.json leaves out, in all families and in one.
+# What a key is that config.json leaves out.
 HF_DEFAULTS = {
     "num_key_value_heads": 0, "head_dim": 0, "tie_word_embeddings": False,
-    "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-}  # fmt: skip
-FAMILY_DEFAULTS = {
-    "llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {}, "qwen3": {"head_dim": 128}
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "sliding_window": 4096,
 }  # fmt: skip
 # What each rope_type is given by, besides rope_theta.
 ROPE_KEYS = {
     "default": "",
-    "linear": "rope_type factor",
-    "llama3": "rope_type factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "linear": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
 }
 # Keys that would change the function, if they were not off, or not 1.
 HF_OFF = """attention_bias mlp_bias use_qk_norm use_sliding_window rope_interleaved no_rope_layers
@@ -414,7 +411,7 @@ def load_hf(folder, block_size=None):
     """A GPT, in float32, from a folder with config.json and safetensors.
 
     Llama (TinyLlama, SmolLM2, Llama 3.2), Mistral, Qwen2.5 and Qwen3. Exits with the file, key or
-    tensor that GPT cannot be. block_size: at most so many positions.
+    tensor that GPT cannot be. block_size as in `load_model`.
     """
     path = Path(folder, "config.json")
     with one_line(path, f"GPT has no form for that, or the file is damaged: {DOWNLOAD}"):
@@ -428,18 +425,24 @@ def shape_from_hf(settings):
     transformers 4 writes rope_theta and rope_scaling, transformers 5 both into rope_parameters.
     """
     family = settings["model_type"]
-    settings = HF_DEFAULTS | FAMILY_DEFAULTS[family] | settings
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise ValueError(f"model_type {family!r}")
+    settings = HF_DEFAULTS | settings
     settings |= settings.get("rope_scaling") or {}
     settings |= settings.get("rope_parameters") or {}
     for key, fixed in HF_FIXED.items():
         if settings.get(key) not in (None, fixed):
             raise ValueError(f"{key} {settings[key]!r}")
-    settings.setdefault("rope_type", settings.get("type", "default"))
-    rope_keys = ROPE_KEYS[settings["rope_type"]].split()
-    settings["rope_scaling"] = {key: settings[key] for key in rope_keys} or None
     if family != "mistral" or settings["sliding_window"] is None:
-        settings["sliding_window"] = 0  # other families ignore it
+        settings["sliding_window"] = 0  # it is off; families other than Mistral ignore it
     shape = {field: settings[key] for field, key in HF_NAMES.items()}
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    scaling = {key: settings[key] for key in ROPE_KEYS[rope_type].split()}
+    for key, value in (shape | scaling).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key} {value!r}")
+    if scaling:
+        shape["rope_scaling"] = {"rope_type": rope_type, **scaling}
     return shape | {"qk_norm": family == "qwen3", "qkv_bias": family == "qwen2"}
 
 
@@ -451,7 +454,7 @@ def read_safetensors(folder):
         with one_line(index, DOWNLOAD):
             places = json.loads(index.read_bytes())["weight_map"]
     weights = {}
-    for shard in set(places.values()) or {"model.safetensors"}:
+    for shard in sorted(set(places.values())) or ["model.safetensors"]:
         path = folder / shard
         with one_line(path, SHARD_REMEDY):
             from safetensors.torch import load_file
@@ -505,6 +508,7 @@ def config_to_hf(config):
         family = "Qwen3"
     settings = {key: getattr(config, field) for field, key in HF_NAMES.items()}
     settings |= {"model_type": family.lower(), "architectures": [f"{family}ForCausalLM"]}
+    settings["rope_scaling"] = config.rope_scaling
     if GPTConfig(**shape_from_hf(settings)) != config:
         sys.exit(f"a {family} of Hugging Face cannot be {config}")
     return settings

@@ -527,7 +527,7 @@ class HeldOut:
         """Yield the documents that are not held out, some later than they came."""
         held = self.documents
         tenth = bytes([26])  # of all digests a tenth is smaller
-        limit = bytes([255])  # it only falls, so no copy of what is not held is held later
+        limit = bytes([255])  # it only falls: a copy of what is not held is not held later
         n_rest = 0
         for document in documents:
             digest = self.digest(document.text)

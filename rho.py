@@ -9,20 +9,21 @@ The demo: clean text is grade-school problems with worked answers ("target text"
 The corpus is web-like pages in which such problems hide, most of them answered wrong, and 500
 held-out questions are asked. CLM (causal language modeling) is ordinary training on all tokens.
 
-    command                                     minutes   correct answers after training
-    python rho.py                                     6   the next four, and their table
-    python rho.py --stage ref                         1   reference, on clean text: 112 of 500
-    python rho.py --stage clm                         2   all tokens of the corpus: 54 of 500
-    python rho.py --stage slm                         2   the half with the most excess: 109 of 500
-    python rho.py --stage clm --corpus mixed          2   clean text in the corpus: 293 of 500 (*)
-    python rho.py --stage slm --select random             the control: a random half of the tokens
-    python rho.py --stage sft --init out/demo/slm.pt      fine-tuning on answers
-    python rho.py --stage table                           all runs in out/demo, beside CLM
-    (*) with --tokens 1.35e6: as many as SLM and its reference read together
+    command                               minutes (*)  correct answers after training
+    python rho.py                                   6  the next four, and their table
+    python rho.py --stage ref                       1  reference, on clean text: 112 of 500
+    python rho.py --stage clm                       2  all tokens of the corpus: 54 of 500
+    python rho.py --stage slm                       2  the half with the most excess: 109 of 500
+    python rho.py --stage clm --corpus mixed --tokens 1350000
+                                                    2  clean text in the corpus: 293 of 500
+    python rho.py --stage slm --select random       2  the control, a random half: RANDOM of 500
+    python rho.py --stage sft --init out/demo/slm.pt   fine-tuning on answers
+    python rho.py --stage table                        all runs in out/demo, beside CLM
+    (*) on two cores of a laptop; they need neither AVX-512 nor bfloat16
 
-Why then SLM? Who has the clean text mixes it into the corpus. SLM needs only a model of clean text,
-which may be somebody else's; and the reference here is as small as the student.
-(Minutes on two cores with AVX2, without bfloat16, as most laptops have.)
+The mixed corpus is SLM's rival: as many tokens as SLM and its reference read together. Why then
+SLM? It needs no clean text, only a model of it, which may be somebody else's. (In the demo SLM only
+draws level with its reference, which is as large as the student. Compare it with CLM.)
 
     code              paper          where
     student_loss      L_theta(x_i)   section 2.2
@@ -32,16 +33,16 @@ which may be somebody else's; and the reference here is as small as the student.
     ratio, mask       k %, I_k%      equations 3 and 4
     ref_entropy       H_ref          section 3.4
 
-    window     block_size tokens of a text and the token that follows each
-    batch      the windows of one optimizer step; a part of it (a micro-batch) fits on a device
-    run        one training with a name: NAME.pt (to resume), NAME.jsonl (the log)
-    rank       one of several processes, each with a GPU of its own (torchrun)
+    window        block_size tokens of a text and the token that follows each
+    batch         the windows of one optimizer step; a micro-batch fits on a device at once
+    run           one training with a name: NAME.pt (to resume), NAME.jsonl (the log)
+    rank          one of several processes, each with a GPU of its own (torchrun)
 
 Differences from the paper:
 1. Models of 0.8 M parameters are trained from scratch, so that it runs on a laptop. With `--init` a
    trained model is continued, as in the paper.
 2. The reference's losses are stored as float16: rounding changes a loss of 2 nats by 0.001.
-3. The top k are taken over each part of a batch. The paper says only "batch".
+3. The top k are taken over each micro-batch. The paper says only "batch".
 4. Muon updates the matrices and AdamW the rest. The paper names no optimizer.
 """
 
@@ -82,11 +83,12 @@ from model import (
 from prepare_data import get_tokenizer, load_meta, prepare_demo, run_script, whole_file
 
 # ==== THE METHOD ==================================================================================
-# Ordinary training averages token_loss over all tokens. SLM scores them, selects, averages a part.
-# Shapes: B windows of T tokens, V tokens in the vocabulary.
+# Ordinary training averages token_loss over all tokens. SLM scores them, selects some, and averages
+# over those. Shapes: B windows (a micro-batch) of T tokens, V tokens in the vocabulary.
 
 # What each rule of `score_tokens` needs to know from the reference. A rule of your own is a line
-# here and a branch there; the flag --select and the scoring of the corpus follow.
+# here and a branch there; the flag --select follows. (If it needs something new of the reference,
+# `reference_values` gets a branch, too.)
 NEEDS = {
     "excess": ["ref_loss"],
     "ref_loss": ["ref_loss"],
@@ -110,7 +112,7 @@ def token_loss(logits, targets):
 
 
 def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generator=None):
-    """How much each token is worth training on, (B, T). No gradient. Inputs are (B, T).
+    """How much each token is worth training on, (B, T). Inputs are (B, T).
 
     excess: the student's loss minus the reference's, signed (equation 2).
     ref_loss: tokens that the reference finds easy (self-reference, section 3.4).
@@ -129,8 +131,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
         return -ref_entropy
     if select == "ref_both":
         # Sorting twice gives ranks, 0 for the best. A token's score is the worse of its two ranks,
-        # so it must be good in both. (Ranks among the tokens that select_tokens chooses from: who
-        # selects within each window ranks within each window.)
+        # so it must be good in both. (Who selects within each window has to rank within each window
+        # too: argsort(-1), without flatten.)
         loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
         entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
         worse_rank = torch.maximum(loss_rank, entropy_rank)
@@ -149,14 +151,14 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
     is False where there is nothing to learn: such a token is not selected and does not count in k.
-    A rule may exclude a token by a score of -inf. It does count in k: a rule that excludes more
-    than 1 - ratio of the tokens trains on all that it leaves, which are fewer than k.
+    A score of -inf excludes a token. It still counts in k: a rule that excludes more than 1 - ratio
+    of the tokens trains on all that it leaves, fewer than k.
     ValueError: a score that is NaN, or scores of another shape than valid.
     """
     if valid is None:
         valid = torch.ones_like(score, dtype=torch.bool)
     if score.shape != valid.shape or score.isnan().any():
-        raise ValueError(f"a rule gives scores {tuple(valid.shape)}, none of them NaN")
+        raise ValueError(f"scores have to be of shape {tuple(valid.shape)}, and none may be NaN")
     score = score.float().masked_fill(~valid, -torch.inf)  # (B, T)
     if threshold is not None:
         return score > threshold
@@ -171,7 +173,7 @@ def selective_loss(student_loss, mask):
     """L_SLM (equation 3) as numerator and denominator, two scalars.
 
     The loss is their quotient: the mean of the student's own loss over the selected tokens. Kept
-    apart, both can be added over the parts of a batch before one is divided by the other.
+    apart, both can be added over micro-batches before one is divided by the other.
     mask (B, T): bool, or weights of at least 0, which make it a weighted mean.
     """
     if mask.shape != student_loss.shape or (mask < 0).any():
@@ -191,7 +193,7 @@ BEST_DEVICE = ACCELERATOR.type if ACCELERATOR else "cpu"
 
 @dataclass
 class Config:
-    """Each field is a flag, as in --ratio 0.6."""
+    """Each field is a flag, as in --ratio 0.6. `run_config` fills in the defaults of a stage."""
 
     stage: str = "all"  # ref, clm, slm, sft: one run; all: the demo's four; table: all in OUT
     data: str = "data/demo"  # folder that prepare_data.py wrote
@@ -199,12 +201,12 @@ class Config:
     name: str = ""  # of the run and its files; default: stage, rule and corpus
     seed: int = 1337  # of the first weights and the order of windows
     device: str = BEST_DEVICE  # where to compute
-    # Selection: the paper's part.
+    # Selection.
     select: str = ""  # a rule of score_tokens; default: excess for slm, else all
     ratio: float = 0.5  # share of the tokens to select (paper: 0.6)
     threshold: float = None  # in place of ratio: all tokens that score above it
     reference: str = ""  # checkpoint or Hugging Face folder; default: OUT/ref.pt
-    corpus: str = "train"  # or mixed: with clean text in it
+    corpus: str = "train"  # train, or mixed: train with clean text in it
     # The model. The reference may have another shape: it is read from its file.
     n_layer: int = 3  # blocks
     n_head: int = 4  # attention heads
@@ -216,7 +218,7 @@ class Config:
     block_size: int = 128  # tokens in a window
     init: str = ""  # checkpoint or Hugging Face folder to start from
     # Training. Tokens are counted as seen, trained on or not.
-    tokens: int = 900_000  # that clm, slm and sft read; 9e5 is the same number
+    tokens: int = 900_000  # that clm, slm and sft read (9e5 is a number, too)
     ref_tokens: int = 450_000  # that ref reads
     batch_size: int = 8  # windows in an optimizer step
     micro_batch: int = 8  # windows on a device at once
@@ -261,13 +263,13 @@ def train(cfg):
 
     # There may already be a run of this name: finished, interrupted, or a different one.
     saved = open_run(path, identity, cfg.restart)
-    if not saved:
-        records = [header(cfg, model, identity)]
-    else:
+    if saved:
         first_step, records, sums = saved["step"], saved["records"], saved["sums"]
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+    else:
+        records = [header(cfg, model, identity)]
     if first_step == cfg.steps:
         say(f"{path}: finished already, by the same code with the same flags and data")
         return
@@ -275,7 +277,8 @@ def train(cfg):
     say(f"{cfg.name}: {size}, steps {first_step} to {cfg.steps} over {cfg.data}, to {path}")
 
     inputs, targets, valid = open_windows(cfg, meta, cfg.split)  # (n, T) each
-    ref_values = score_corpus(cfg, meta, reference, inputs, targets)  # as {"ref_loss": (n, T)}
+    # What the rule NEEDS: {"ref_loss": (n, T), ...}, or nothing.
+    ref_values = score_corpus(cfg, meta, reference, inputs, targets)
     del reference  # its losses are on disk: make room
     # Generating answers, each time of another length, would compile anew: only training is.
     compiled = torch.compile(model) if cfg.compile else model
@@ -284,42 +287,44 @@ def train(cfg):
 
     for step in progress_bar(range(first_step, cfg.steps), cfg.name):
         started = time.time()
-        step_sums = torch.zeros(3, device=cfg.device)
+        # The sum of the selected losses, the sum of the mask, how many tokens it lets through.
+        batch_sums = torch.zeros(3, device=cfg.device)
 
-        # A batch may be larger than memory: its parts go through one after another. With several
-        # ranks each has its own parts.
-        for part in parts(cfg, step, len(inputs)):
-            x, y, may_train = [take(array, part, cfg) for array in (inputs, targets, valid)]
-            known = {name: take(array, part, cfg) for name, array in ref_values.items()}
-            generator = part_generator(cfg, step, part)
+        # A batch may be larger than memory: its micro-batches go through one after another. With
+        # several ranks each has its own. ids (B,): the numbers of the windows.
+        for ids in micro_batches(cfg, step, len(inputs)):
+            x, y, is_valid = [take(array, ids, cfg) for array in (inputs, targets, valid)]  # (B, T)
+            known = {name: take(array, ids, cfg) for name, array in ref_values.items()}
+            generator = generator_for(cfg, step, ids)
 
             with precision(cfg.device):
                 logits = compiled(x)  # (B, T, V)
             # 1. The student's loss on every token.
             student_loss = token_loss(logits, y)  # (B, T)
+            check_finite(student_loss.detach().sum(), cfg, step)
             # 2. What each token is worth.
             score = score_tokens(cfg.select, student_loss, **known, generator=generator)  # (B, T)
             # 3. The tokens to train on.
-            mask = select_tokens(score, cfg.ratio, cfg.threshold, may_train)  # (B, T)
+            mask = select_tokens(score, cfg.ratio, cfg.threshold, is_valid)  # (B, T)
             # 4. The loss on those tokens: numerator and denominator of equation 3.
             loss_sum, mask_sum = selective_loss(student_loss, mask)
-            # The gradient of the numerator. It adds up in p.grad over the parts.
+            # The gradient of the numerator adds up in p.grad, over the micro-batches.
             loss_sum.backward()
-            step_sums += torch.stack((loss_sum.detach(), mask_sum, (mask > 0).sum()))
+            batch_sums += torch.stack((loss_sum.detach(), mask_sum, (mask > 0).sum()))
 
-        sum_over_ranks([step_sums, *[p.grad for p in model.parameters()]])
-        batch_loss, batch_mask, n_trained = step_sums.tolist()
-        check_finite(batch_loss, cfg, step)
+        sum_over_ranks([batch_sums, *[p.grad for p in model.parameters()]])
+        batch_loss, batch_mask, n_trained = batch_sums.tolist()
         # If no token was selected there is nothing to learn. A step would still move the weights,
         # by momentum and weight decay: so none is made.
         if batch_mask > 0:
-            # The division of equation 3. It comes after backward, because only now all parts of all
-            # ranks have said how many tokens they selected. (Where all select equally many, it is
-            # nanoGPT's division by gradient_accumulation_steps.)
+            # The division of equation 3. It comes after backward, because only now all
+            # micro-batches of all ranks have said how many tokens they selected. (Where each
+            # selects equally many, it is nanoGPT's division by gradient_accumulation_steps.)
             for p in model.parameters():
                 p.grad /= batch_mask
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             check_finite(norm, cfg, step)
+            # Muon scales its steps to AdamW's, so one learning rate serves both.
             lr = learning_rate(cfg, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -339,9 +344,10 @@ def train(cfg):
             check_finite(records[-1]["val_loss"], cfg, step)
             sums["loss_since_eval"] = sums["mask_since_eval"] = 0.0
         if RANK == 0 and (is_eval or time.time() - last_save > 60 * cfg.save_minutes):
-            # All that a resumed run needs to end with the same weights, bit by bit. Whatever you
-            # add to the loop (a second model, a running mean) belongs in here and above, after
-            # open_run. Random numbers come from `generator`, never from torch's own state.
+            # All that a resumed run needs to end with the same weights: bit by bit on a CPU, with
+            # as many threads. Whatever you add to the loop (a second model, a running mean) belongs
+            # in here, and above, after open_run. Random numbers come from `generator`, never from
+            # torch's own state.
             state = {"model": model.state_dict(), "model_config": asdict(model.config)}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state |= {"identity": identity, "tokenizer": meta["tokenizer"], "records": records}
@@ -386,8 +392,12 @@ def open_model(path, cfg, meta):
 
 
 def code_of(text):
-    """A hash of a Python text, in which comments do not count (docstrings do)."""
-    return sha256(ast.dump(ast.parse(text)).encode()).hexdigest()[:16]
+    """A hash of a Python text, in which comments and docstrings do not count."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant("")  # a docstring
+    return sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 # Read when this program begins: whoever edits a file meanwhile does not change what is executed.
@@ -500,21 +510,21 @@ def batch(cfg, step, n):
     return np.array([permutation(n, cfg.seed, p // n)[p % n] for p in positions])
 
 
-def parts(cfg, step, n):
-    """This rank's share of a batch, in parts of at most micro_batch windows."""
+def micro_batches(cfg, step, n):
+    """This rank's share of a batch, in arrays of at most micro_batch numbers of windows."""
     share = np.split(batch(cfg, step, n), WORLD)[RANK]
     return np.split(share, range(cfg.micro_batch, len(share), cfg.micro_batch))
 
 
-def take(array, part, cfg):
-    """Some windows of an array on the device: token ids as int64, losses as float32, or bool."""
+def take(array, ids, cfg):
+    """Some windows of an array, on the device: token ids as int64, losses as float32, or bool."""
     wide = {"u": np.int64, "f": np.float32, "b": np.bool_}[array.dtype.kind]
-    return torch.from_numpy(array[part].astype(wide)).to(cfg.device)
+    return torch.from_numpy(array[ids].astype(wide)).to(cfg.device)
 
 
-def part_generator(cfg, step, part):
-    """Random numbers for --select random: others in each part, the same when a run is resumed."""
-    seed = np.random.SeedSequence((cfg.seed, step, part[0])).generate_state(1)[0]
+def generator_for(cfg, step, ids):
+    """Random numbers for --select random: others in each micro-batch, the same in a resumed run."""
+    seed = np.random.SeedSequence((cfg.seed, step, ids[0])).generate_state(1)[0]
     return torch.Generator(cfg.device).manual_seed(int(seed))
 
 
@@ -525,7 +535,8 @@ def score_corpus(cfg, meta, reference, inputs, targets):
     """What the rule needs to know of each target, on disk: {"ref_loss": float16 (n, T), ...}.
 
     Computed once for each window that the run will see, in the order in which it sees them. The
-    files are shared by runs, and filled further when another run needs more of them.
+    files are shared by runs, and filled further when another run needs more of them. (Which run
+    filled them may change the last bit of a number, as the size of a micro-batch does.)
     """
     if reference is None:
         return {}
@@ -540,17 +551,18 @@ def score_corpus(cfg, meta, reference, inputs, targets):
             name: open_scores(folder / f"{name}.f16", inputs.shape) for name in NEEDS[cfg.select]
         }
         for step in progress_bar(range(cfg.steps), f"scores by {cfg.reference}"):
-            for part in parts(cfg, step, len(inputs)):
+            for ids in micro_batches(cfg, step, len(inputs)):
                 for name, values in scores.items():
                     # A window is written at once, so its last token speaks for all.
-                    missing = np.isnan(values[part, -1])
+                    missing = np.isnan(values[ids, -1])
                     if missing.any():
-                        # The whole part: its rounding shall not depend on where scoring stopped.
-                        x, y = take(inputs, part, cfg), take(targets, part, cfg)
-                        of_part = reference_values(name, reference, x, y)
-                        if not np.isfinite(of_part).all():
+                        # The whole micro-batch, so that it is rounded alike wherever scoring was
+                        # interrupted.
+                        x, y = take(inputs, ids, cfg), take(targets, ids, cfg)
+                        new = reference_values(name, reference, x, y)
+                        if not np.isfinite(new).all():
                             sys.exit(f"{cfg.reference}: its {name} is not finite; train it anew")
-                        values[part[missing]] = of_part[missing]
+                        values[ids[missing]] = new[missing]
         wait_for_ranks()
     return scores
 
@@ -575,8 +587,10 @@ def reference_values(name, reference, x, y):
         logits = reference(x).float()  # (B, T, V)
     if name == "ref_loss":
         values = token_loss(logits, y)
-    else:
+    elif name == "ref_entropy":
         values = torch.special.entr(logits.softmax(-1)).sum(-1)
+    else:
+        raise ValueError(f"{name}: no such branch in reference_values")
     return values.half().cpu().numpy()
 
 
@@ -648,7 +662,7 @@ def held_out_loss(cfg, meta, model, split):
     """The loss of each token of the first --eval_windows windows (windows, T), in nats, on the CPU.
 
     One window at a time, which takes little memory.
-    By torch's function and not by token_loss: an edited token_loss must not measure itself.
+    By torch's function: an edited token_loss must not measure itself.
     """
     inputs, targets, _ = open_windows(cfg, meta, split)
     losses = []
@@ -664,8 +678,10 @@ def held_out_loss(cfg, meta, model, split):
 
 
 def show_table(folder):
-    """The last evaluation of each run, how many times fewer tokens than clm it needed to be where
-    clm ends, and in what it differs from clm."""
+    """Print the last evaluation of each run, and in what the run differs from clm.
+
+    fewer: the tokens of clm, over those that the run needed to be as good as clm ends.
+    """
     import pandas
 
     runs = {}
@@ -694,8 +710,8 @@ def show_table(folder):
         row.append(", ".join(what for what in mine if mine[what] != theirs.get(what)))
         rows.append(row)
     print(f"\n{pandas.DataFrame(rows, columns=columns).to_string(index=False)}\n")
-    print("in all: with the tokens of its reference and of the model that it started from. fewer:")
-    print("clm's tokens over those after which the run is at clm's last value, and stays there.")
+    print("in all: with the tokens of its reference, and of the model that it started from.")
+    print("fewer: the tokens of clm, over those that the run needed to be as good as clm ends.")
 
 
 def tokens_to_reach(records, goal, key):

@@ -121,15 +121,18 @@ def test_tokens_on_disk_decode_to_the_documents(text, tokenizer, dtype):
     reference[3] += " naïve 日本語 🙂 <|endoftext|> \r\n\t\0 \u2028 tail"
     write_jsonl("ref.jsonl", [*reference, "", "half \ud83d of it"])
     append("ref.jsonl", b'\n{"text": "caf\xe9"}\n')  # not UTF-8
+    append("ref.jsonl", '{"text": "a line\u2028end"}\n'.encode())
     meta = run(*flags, tokenizer=tokenizer)
     assert meta["dtype"] == dtype
-    assert reference_of() == sorted([*reference, "half ? of it", "caf\N{REPLACEMENT CHARACTER}"])
+    assert reference_of() == sorted(
+        [*reference, "half ? of it", "a line\u2028end", "caf\N{REPLACEMENT CHARACTER}"]
+    )
     assert corpus_of() == sorted(corpus)
     assert sorted(meta["files"]) == ["ref.bin", "train.bin", "val.bin", "val_corpus.bin"]
     for name, digest in meta["files"].items():
         assert prepare_data.file_digest(Path("out", name)) == digest
     counts = meta["sources"][0]["counts"]
-    assert (counts["rows"], counts["empty"], counts["characters replaced"]) == (43, 1, 1)
+    assert (counts["rows"], counts["empty"], counts["characters replaced"]) == (44, 1, 1)
     assert counts["tokens"] == meta["tokens"]["ref"] + meta["tokens"]["val"]
     # The order stays, but for a few that were held out for a while.
     places = [corpus.index(row) for row in read("train")]
@@ -408,7 +411,7 @@ def test_other_ways_to_write_a_question_are_found_too(text):
         "invisible": end.replace("many", "ma\u200bn\u00ady"),
         "line end": end.replace("noon", "no-\n  on"),
         "thousands": end.replace("1250", "1,250"),
-        "over a block's end": "w " * (prepare_data.BATCH // 2 - 10) + QUESTION,
+        "over a block's end": "w " * (prepare_data.BATCH // 2 - 20) + end,
         "decomposed": "cafe\u0301 " + end,
     }
     questions = [QUESTION, "café " + end]
@@ -651,8 +654,9 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(text):
         except SystemExit as end:
             unfinished += 1
             assert re.search("killed.*Run: python prepare_data.py --ref", end.code)
-        assert run(*new)["files"] == wanted
-        run(*text[0])
+        if moment % 2:
+            assert run(*new)["files"] == wanted
+        assert run(*text[0])["files"] == old
     assert unfinished > 5 and load_meta("out")["files"] == wanted
     assert sorted(os.listdir(".")) == ["other", "out", "ref.jsonl", "web.jsonl"]
 

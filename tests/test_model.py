@@ -300,7 +300,7 @@ def theirs(transformers, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_each_family_comes_in_and_goes_out_with_its_logits_and_text(transformers, tmp_path, family):
+def test_each_family_comes_in_and_goes_out_with_its_logits(transformers, tmp_path, family):
     original = theirs(transformers, family)
     original.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
@@ -309,9 +309,6 @@ def test_each_family_comes_in_and_goes_out_with_its_logits_and_text(transformers
     logits = original(TOKENS).logits
     close(gpt(TOKENS), logits)
     close(load_hf(tmp_path / "in", block_size=9)(TOKENS[:, :9]), logits[:, :9])
-
-    written = original.generate(TOKENS[:, :20], max_new_tokens=30, do_sample=False)
-    assert generate(gpt, TOKENS[:, :20].tolist(), 30) == written[:, 20:].tolist()
 
     save_hf(gpt, tmp_path / "new" / "out")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "out")
@@ -332,8 +329,11 @@ def edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps(content | changes))
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def shard_of(folder, key):
-    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
     return folder / places[key]
 
 
@@ -349,11 +349,12 @@ HEAD, UP = "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
 
 def test_a_tensor_comes_from_the_shard_that_the_index_names(folder):
     right = weights_hash(load_hf(folder))
-    # Stale copies, and the rotary tables of the first Llamas.
-    stale = {HEAD: torch.zeros(1), UP: torch.zeros(1)}
+    # Everywhere stale copies of what is in another shard, and the tables of the first Llamas.
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
     for path in folder.glob("model-*"):
-        others = {key: tensor for key, tensor in stale.items() if shard_of(folder, key) != path}
-        change_weights(path, others | {"model.rotary_emb.inv_freq": torch.zeros(4)})
+        stale = [key for key in index if index[key] != path.name]
+        stale += ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+        change_weights(path, {key: torch.zeros(1) for key in stale})
     for name in ("consolidated.safetensors", "adapter_model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"something else")
     gpt = load_hf(folder)
@@ -388,7 +389,7 @@ def test_bfloat16_and_every_spelling_of_the_rotary_keys(transformers, tmp_path):
 
 REFUSED = {  # each with what the line names
     "tie_word_embeddings": {"tie_word_embeddings": True},  # with another head stored
-    "gpt2": {"model_type": "gpt2"},
+    "model_type": {"model_type": "gpt2"},
     "hidden_act": {"hidden_act": "gelu"},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
@@ -405,7 +406,8 @@ REFUSED = {  # each with what the line names
     "config.json": {"rope_parameters": "linear"},
     "n_kv_head": {"num_key_value_heads": 3},
     "layers": {"num_hidden_layers": 0},
-    "": {"hidden_size": "2048"},
+    "config.json: ": {"hidden_size": "2048"},
+    "norm_eps": {"rms_norm_eps": float("nan")},
 }
 
 
@@ -415,7 +417,6 @@ def test_a_key_that_gpt_has_no_form_for_is_named(folder, named):
     assert named in line_of(load_model, folder)
 
 
-INDEX = "model.safetensors.index.json"
 DAMAGES = {  # what becomes of a file
     "cut": lambda old: old[:-100],
     "list": lambda old: b"[]",
