@@ -498,14 +498,14 @@ def test_of_two_writers_the_second_is_refused(cfg):
 def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
     dies_at(monkeypatch, "evaluate", 3)
     with pytest.raises(KeyboardInterrupt):
-        go(cfg, "clm")
-    before = Path(cfg.out, "clm.pt").read_bytes()
+        go(cfg, "slm", select="loss")
+    before = Path(cfg.out, "slm-loss.pt").read_bytes()
     real = rho.token_loss
     with monkeypatch.context() as m:
         m.setattr(rho, "token_loss", lambda *a: real(*a) * torch.nan)
-        with pytest.raises(SystemExit, match="clm: .* not finite at step"):
-            go(cfg, "clm")
-    assert Path(cfg.out, "clm.pt").read_bytes() == before
+        with pytest.raises(SystemExit, match="slm-loss: .* not finite at step"):
+            go(cfg, "slm", select="loss")
+    assert Path(cfg.out, "slm-loss.pt").read_bytes() == before
     with pytest.raises(SystemExit, match="not finite"):
         go(cfg, "clm", name="wild", lr=1e30)
 
@@ -540,6 +540,7 @@ def test_tokens_to_reach_is_for_good_and_on_a_straight_line():
     goal = {"loss": 3.0, "right": 0}
     assert rho.tokens_to_reach(records, goal, "loss") == pytest.approx(350)
     assert rho.tokens_to_reach(records, {"loss": 1.9}, "loss") is None
+    assert rho.tokens_to_reach(records[:4], goal, "loss") is None  # it was there, and ends worse
     assert rho.tokens_to_reach(records, {"loss": 4.5}, "loss") == 100
     answers = [{}] + [{"tokens": 100 * i, "right": x} for i, x in enumerate([5, 1, 3, 9], 1)]
     assert rho.tokens_to_reach(answers, {"right": 6}, "right") == pytest.approx(350)
@@ -633,24 +634,20 @@ def test_ctrl_c_is_one_line(cfg, ref):
 def test_two_ranks_train_as_one(cfg, ref):
     """The same parts of the same batches: scores of the same bytes, the same weights up to the
     order of sums; rank 0 alone writes and speaks."""
-    runs = [("clm", {}), ("slm", {}), ("slm", {"select": "random"})]
-    alone = [go(cfg, stage, micro_batch=2, **changes) for stage, changes in runs]
+    runs = [("clm", ""), ("slm", ""), ("slm", "random")]
+    alone = [go(cfg, stage, select=select, micro_batch=2) for stage, select in runs]
     (scores,) = score_files(cfg)
     expected = scores.read_bytes()
     scores.unlink()
-    flags = {**SMALL, **QUICK, "micro_batch": 2, "ratio": 0.6, "data": cfg.data}
-    usual = [f"--{k}={v}" for k, v in flags.items()]
-    usual += [f"--reference={cfg.out}/ref.pt"]
+    flags = {**SMALL, **QUICK, "micro_batch": 2, "ratio": 0.6, "data": cfg.data, "out": cfg.out}
+    usual = [f"--{name}={value}" for name, value in flags.items()]
     # One group for all three runs, since a process takes seconds to start.
     script = "import rho; leave = rho.dist.destroy_process_group\n"
     script += "rho.dist.destroy_process_group = lambda: None\n"
     script += "rho.start_ranks('cpu'); rho.start_ranks = lambda device: None\n"
-    for stage, changes in runs:
-        more = [f"--{k}={v}" for k, v in changes.items()]
-        out = f"{cfg.out}/two" if stage == "clm" else cfg.out
-        more += [f"--stage={stage}", f"--out={out}"] + [f"--name=two-{stage}"] * (stage == "slm")
-        more = [m + "-random" if m.startswith("--name") and changes else m for m in more]
-        script += f"rho.main({usual + more})\n"
+    for stage, select in runs:
+        own = [f"--stage={stage}", f"--select={select}", f"--name=two-{stage}{select}"]
+        script += f"rho.main({usual + own})\n"
     script += "leave()\n"
     port = str(20_000 + os.getpid() % 10_000)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -669,12 +666,8 @@ def test_two_ranks_train_as_one(cfg, ref):
     assert [process.returncode for process in ranks] == [0, 0], said
     assert said[0][0] and not said[1][0]
     assert score_files(cfg)[0].read_bytes() == expected
-    paths = [
-        Path(cfg.out, "two", "clm.pt"),
-        *[Path(cfg.out, f"two-slm{x}.pt") for x in ("", "-random")],
-    ]
-    for (model, records), path in zip(alone, paths, strict=True):
-        two, checkpoint = load_model(path)
+    for (model, records), (stage, select) in zip(alone, runs, strict=True):
+        two, checkpoint = load_model(Path(cfg.out, f"two-{stage}{select}.pt"))
         assert apart(model, two, cfg) < 0.02
         for key in ("trained", "selected_loss", "val_loss"):
             of_two = [record[key] for record in checkpoint["records"][1:]]
