@@ -415,7 +415,8 @@ def make_identity(cfg, meta, model, reference):
     model: with its first weights, before a checkpoint is loaded into it.
     """
     flags = {name: value for name, value in asdict(cfg).items() if name not in NO_MATTER}
-    text = (f"{cfg.split}.bin", "sft_mask.bin", "val.bin", "val_corpus.bin", "questions.jsonl")
+    text = [f"{cfg.split}.bin", f"{cfg.split}_mask.bin"]
+    text += ["val.bin", "val_corpus.bin", "questions.jsonl"]
     files = {name: digest for name, digest in meta["files"].items() if name in text}
     weights = {"first weights": weights_hash(model)}
     if reference is not None:
