@@ -34,8 +34,10 @@ import sys
 import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -495,7 +497,7 @@ def without_questions(documents, grams):
     for document in documents:
         text = document.text
         # A long document in parts, which overlap by more than a run.
-        parts = [text[i : i + BATCH + 4000] for i in range(0, len(text), BATCH) if grams]
+        parts = (text[i : i + BATCH + 4000] for i in range(0, len(text), BATCH) if grams)
         if all(grams.isdisjoint(ngrams(part)) for part in parts):
             yield document
         else:
@@ -771,8 +773,10 @@ class Tokenizer:
         return self.bpe.encode_ordinary(text)
 
     def encode_batch(self, texts):
-        """The ids of each text, on all cores."""
-        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        """The ids of each text, on all cores, as tiktoken lets go of Python's lock."""
+        encode = partial(self.bpe.encode_to_numpy, disallowed_special=())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(encode, texts))
 
     def decode(self, ids):
         """The text of ids; those that stand for nothing are passed over."""

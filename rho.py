@@ -10,7 +10,7 @@ The corpus is web-like pages in which such problems hide, most of them answered 
 held-out questions are asked. CLM (causal language modeling) is ordinary training on all tokens.
 
     command                               minutes (*)  correct answers after training
-    python rho.py                                   6  the next four, and their table
+    python rho.py                                   6  all of the next four, then their table
     python rho.py --stage ref                       1  reference, on clean text: 112 of 500
     python rho.py --stage clm                       2  all tokens of the corpus: 54 of 500
     python rho.py --stage slm                       2  the half with the most excess: 109 of 500
@@ -44,6 +44,9 @@ Differences from the paper:
 2. The reference's losses are stored as float16: rounding changes a loss of 2 nats by 0.001.
 3. The top k are taken over each micro-batch. The paper says only "batch".
 4. Muon updates the matrices and AdamW the rest. The paper names no optimizer.
+
+How to read: THE METHOD and `train`; then what you need, in the order in which `train` calls it.
+Whoever edits this file has other runs: give them a --name, or with --stage all another --out.
 """
 
 import argparse
@@ -87,8 +90,8 @@ from prepare_data import get_tokenizer, load_meta, prepare_demo, run_script, who
 # over those. Shapes: B windows (a micro-batch) of T tokens, V tokens in the vocabulary.
 
 # What each rule of `score_tokens` needs to know from the reference. A rule of your own is a line
-# here and a branch there; the flag --select follows. (If it needs something new of the reference,
-# `reference_values` gets a branch, too.)
+# here and a branch there; the flag --select follows. (Something new of the reference is also a
+# branch in `reference_values`, and a parameter of score_tokens with the same name.)
 NEEDS = {
     "excess": ["ref_loss"],
     "ref_loss": ["ref_loss"],
@@ -131,8 +134,8 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
         return -ref_entropy
     if select == "ref_both":
         # Sorting twice gives ranks, 0 for the best. A token's score is the worse of its two ranks,
-        # so it must be good in both. (Who selects within each window has to rank within each window
-        # too: argsort(-1), without flatten.)
+        # so it must be good in both. They are ranks in the micro-batch, as in select_tokens: change
+        # both together.
         loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
         entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
         worse_rank = torch.maximum(loss_rank, entropy_rank)
@@ -150,9 +153,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     """Which tokens to train on, bool (B, T): the k highest scores, or all above a threshold.
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
-    is False where there is nothing to learn: such a token is not selected and does not count in k.
-    A score of -inf excludes a token. It still counts in k: a rule that excludes more than 1 - ratio
-    of the tokens trains on all that it leaves, fewer than k.
+    is False where there is nothing to learn. A rule excludes further tokens by a score of -inf: k
+    stays the same, so if it leaves fewer than k, those are selected.
     ValueError: a score that is NaN, or scores of another shape than valid.
     """
     if valid is None:
@@ -163,10 +165,8 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     if threshold is not None:
         return score > threshold
     k = round(ratio * int(valid.sum()))
-    best = score.flatten().topk(k).indices  # (k,)
-    mask = torch.zeros_like(valid).flatten()  # (B * T)
-    mask[best] = True
-    return mask.view(score.shape) & (score > -torch.inf)  # (B, T)
+    rank = score.flatten().argsort(descending=True).argsort().view(score.shape)  # 0 for the best
+    return (rank < k) & (score > -torch.inf)  # (B, T)
 
 
 def selective_loss(student_loss, mask):
@@ -252,7 +252,7 @@ class Config:
 def train(cfg):
     """Train one run to its end, resuming where it stopped."""
     path = Path(cfg.out, f"{cfg.name}.pt")
-    meta = load_meta(cfg.data)
+    meta = load_meta(cfg.data)  # meta.json: the tokenizer, each file's tokens and its hash
     model = first_model(cfg, meta)
     reference = open_model(cfg.reference, cfg, meta) if cfg.reference else None
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
@@ -269,7 +269,7 @@ def train(cfg):
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     else:
-        records = [header(cfg, model, identity)]
+        records = [header(cfg, model, identity)]  # the log: then a record for each evaluation
     if first_step == cfg.steps:
         say(f"{path}: finished already, by the same code with the same flags and data")
         return
@@ -280,20 +280,23 @@ def train(cfg):
     # What the rule NEEDS: {"ref_loss": (n, T), ...}, or nothing.
     ref_values = score_corpus(cfg, meta, reference, inputs, targets)
     del reference  # its losses are on disk: make room
-    # Generating answers, each time of another length, would compile anew: only training is.
+    # Only training is compiled. Answers would be anew for each of their many lengths.
     compiled = torch.compile(model) if cfg.compile else model
+    # The last one is cfg.steps: there the finished model is saved.
     eval_steps = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     last_save = time.time()
 
     for step in progress_bar(range(first_step, cfg.steps), cfg.name):
         started = time.time()
-        # The sum of the selected losses, the sum of the mask, how many tokens it lets through.
+        # The sum of the selected losses, the sum of the mask, and how many tokens that are, which
+        # is another number if the mask has weights.
         batch_sums = torch.zeros(3, device=cfg.device)
 
         # A batch may be larger than memory: its micro-batches go through one after another. With
         # several ranks each has its own. ids (B,): the numbers of the windows.
         for ids in micro_batches(cfg, step, len(inputs)):
             x, y, is_valid = [take(array, ids, cfg) for array in (inputs, targets, valid)]  # (B, T)
+            # From the disk: of a reference that changes, compute them here.
             known = {name: take(array, ids, cfg) for name, array in ref_values.items()}
             generator = generator_for(cfg, step, ids)
 
@@ -301,7 +304,7 @@ def train(cfg):
                 logits = compiled(x)  # (B, T, V)
             # 1. The student's loss on every token.
             student_loss = token_loss(logits, y)  # (B, T)
-            check_finite(student_loss.detach().sum(), cfg, step)
+            check_finite(student_loss.detach().sum(), cfg, step)  # now: it might not be selected
             # 2. What each token is worth.
             score = score_tokens(cfg.select, student_loss, **known, generator=generator)  # (B, T)
             # 3. The tokens to train on.
@@ -337,17 +340,17 @@ def train(cfg):
         sums["empty_steps"] += batch_mask == 0
         sums["seconds"] += time.time() - started
 
-        # The other ranks wait for rank 0 where they next sum their gradients.
         is_eval = step + 1 in eval_steps
+        # The other ranks wait for rank 0 where they next sum their gradients.
         if is_eval and RANK == 0:
             records.append(evaluate(cfg, meta, model, step + 1, sums))
             check_finite(records[-1]["val_loss"], cfg, step)
             sums["loss_since_eval"] = sums["mask_since_eval"] = 0.0
         if RANK == 0 and (is_eval or time.time() - last_save > 60 * cfg.save_minutes):
             # All that a resumed run needs to end with the same weights: bit by bit on a CPU, with
-            # as many threads. Whatever you add to the loop (a second model, a running mean) belongs
-            # in here, and above, after open_run. Random numbers come from `generator`, never from
-            # torch's own state.
+            # as many threads. Whatever you add to the loop (a second model, a running mean) changes
+            # before this line, and belongs in here, and above, after open_run. Random numbers come
+            # from `generator`, never from torch's own state.
             state = {"model": model.state_dict(), "model_config": asdict(model.config)}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state |= {"identity": identity, "tokenizer": meta["tokenizer"], "records": records}
@@ -391,18 +394,24 @@ def open_model(path, cfg, meta):
 # ==== what makes two runs the same ================================================================
 
 
-def code_of(text):
-    """A hash of a Python text, in which comments and docstrings do not count."""
+def code_of(text, names=None):
+    """A hash of a Python text, or of some of its functions, without comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value = ast.Constant("")  # a docstring
-    return sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    parts = [ast.dump(n) for n in tree.body if names is None or getattr(n, "name", "") in names]
+    return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 # Read when this program begins: whoever edits a file meanwhile does not change what is executed.
-FILES = [Path(__file__).with_name(name) for name in ("rho.py", "model.py", "eval_math.py")]
-CODE = {path.name: code_of(path.read_text(encoding="utf-8")) for path in FILES}
+HERE = Path(__file__).parent
+NAMES = ("rho.py", "model.py", "eval_math.py")
+TEXTS = {name: Path(HERE, name).read_text(encoding="utf-8") for name in NAMES}
+CODE = {name: code_of(text) for name, text in TEXTS.items()}
+# What the reference's scores depend on in this file. (What you call in there belongs in here.)
+SCORING = ("open_windows", "take", "precision", "is_bf16", "token_loss", "reference_values")
+SCORING_CODE = code_of(TEXTS["rho.py"], SCORING)
 
 # Flags that do not change a run's numbers, or whose contents count and not their names.
 NO_MATTER = {"stage", "data", "out", "name", "init", "reference", "ref_tokens", "corpus"}
@@ -437,7 +446,7 @@ def header(cfg, model, identity):
         "identity": identity,
         "params": model.num_params(),
         "tokens_before": before,
-        "commit": subprocess.getoutput(f"git -C '{FILES[0].parent}' describe --always --dirty"),
+        "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
@@ -452,7 +461,7 @@ def open_run(path, identity, restart):
     for what in {**identity, **before}:
         if before.get(what) != identity.get(what):
             change = f"{what} was {before.get(what)} and is {identity.get(what)}"
-            sys.exit(f"{path} is another run: {change}; give a --name, or --restart to replace it")
+            sys.exit(f"{path} is another run: {change}; give another --name or --out, or --restart")
     write_log(path, saved["records"])  # it may have been killed before it wrote its log
     return saved
 
@@ -541,8 +550,9 @@ def score_corpus(cfg, meta, reference, inputs, targets):
     """
     if reference is None:
         return {}
+    reference.eval()
     # The folder's name is a hash of all that the numbers depend on, so none can be stale.
-    depends_on = [*SCORING_CODE, CODE["model.py"], weights_hash(reference)]
+    depends_on = [SCORING_CODE, CODE["model.py"], weights_hash(reference)]
     depends_on += [meta["files"][f"{cfg.split}.bin"], cfg.block_size, is_bf16(cfg.device)]
     folder = Path(cfg.out, "scores", sha256(repr(depends_on).encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
@@ -595,10 +605,6 @@ def reference_values(name, reference, x, y):
     return values.half().cpu().numpy()
 
 
-# What the scores depend on in this file.
-SCORING_CODE = [code_of(inspect.getsource(f)) for f in (open_windows, token_loss, reference_values)]
-
-
 # ==== the optimizer's step ========================================================================
 
 
@@ -628,6 +634,7 @@ def evaluate(cfg, meta, model, step, sums):
     other tokens in each run: do not compare runs by it.
     """
     started = time.time()
+    model.eval()
     corpus_loss = held_out_loss(cfg, meta, model, "val_corpus")  # (windows, T)
     np.save(Path(cfg.out, f"{cfg.name}-{step}.npy"), corpus_loss.half().numpy())
     record = {
@@ -650,6 +657,7 @@ def evaluate(cfg, meta, model, step, sums):
         record["right"] = sum(answer["correct"] for answer in answers)
         record["questions"] = len(answers)
         answered = f"  {record['right']:>3} of {len(answers)} right"
+    model.train()
     record["eval_seconds"] = round(time.time() - started, 2)
     losses = f"target loss {record['val_loss']:.3f}  corpus loss {record['val_corpus_loss']:.3f}"
     say(f"{cfg.name:>11} {record['tokens']:>13,} tokens  {losses}{answered}")
@@ -694,7 +702,7 @@ def show_table(folder):
     runs = {name: records for name, records in runs.items() if len(records) > 1}
     if "clm" not in runs:
         sys.exit(f"{folder} has no run to compare with; python rho.py --stage clm --out {folder}")
-    clm, *_, goal = runs["clm"]
+    clm_header, *_, goal = runs["clm"]
     columns = ["run", "tokens", "in all", "trained on", "target loss", "fewer, loss"]
     columns += ["right", "fewer, right", "differs from clm in"]
     rows = []
@@ -707,7 +715,7 @@ def show_table(folder):
         counts = [last["tokens"], last["tokens"] + first["tokens_before"], last["trained"]]
         row = [name, *[f"{count:,}" for count in counts]]
         row += [f"{last['val_loss']:.3f}", fewer["val_loss"], last.get("right"), fewer["right"]]
-        mine, theirs = first["identity"], clm["identity"]
+        mine, theirs = first["identity"], clm_header["identity"]
         row.append(", ".join(what for what in mine if mine[what] != theirs.get(what)))
         rows.append(row)
     print(f"\n{pandas.DataFrame(rows, columns=columns).to_string(index=False)}\n")
@@ -892,11 +900,11 @@ def main(argv=None):
         runs = [run_config(cfg, cfg.stage)]
     for run in runs:
         train_alone(run)
+        wait_for_ranks()  # a rank that finds its run finished must not begin the next
     if RANK == 0 and cfg.stage == "all":
         show_table(cfg.out)
     else:
         say(f"to compare: python rho.py --stage table --out {cfg.out}")
-    wait_for_ranks()
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -186,3 +186,14 @@ def test_the_code_for_your_own_trainer_equals_rho_py(ratio):
     torch.testing.assert_close(loss, loss_sum / mask_sum)
     gradients = [torch.autograd.grad(x, logits)[0] for x in (loss, loss_sum / mask_sum)]
     torch.testing.assert_close(*gradients)
+
+
+def test_the_demos_numbers_are_those_of_its_logs(capsys):
+    rho.show_table(ROOT / "results" / "demo")
+    table = capsys.readouterr().out.strip("\n").split("\n\n")[0]
+    assert table in README
+    right = []
+    for run in ("ref", "clm", "slm", "clm-mixed", "slm-random"):
+        last = (ROOT / "results" / "demo" / f"{run}.jsonl").read_text().splitlines()[-1]
+        right.append(f"{json.loads(last)['right']} of 500")
+    assert re.findall(r"\d+ of 500", rho.__doc__) == right

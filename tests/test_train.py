@@ -359,11 +359,22 @@ def test_a_stale_score_is_never_used(cfg, ref, monkeypatch, tmp_path):
     meta["files"]["train.bin"] = rho.sha256((data / "train.bin").read_bytes()).hexdigest()
     (data / "meta.json").write_text(json.dumps(meta))
 
+    source = Path(rho.__file__).read_text()
+    # A rule is no part of what scores depend on, token_loss is.
+    other_rule = source.replace("return student_loss - ref_loss", "return ref_loss")
+    assert rho.code_of(other_rule, rho.SCORING) == rho.SCORING_CODE
     for changes, code in (
         ({"reference": f"{cfg.out}/other.pt"}, {}),
         ({"data": str(data)}, {}),
         ({"block_size": 32}, {}),
-        ({}, {"SCORING_CODE": [rho.code_of("2 * loss"), *rho.SCORING_CODE[1:]]}),
+        (
+            {},
+            {
+                "SCORING_CODE": rho.code_of(
+                    source.replace("flatten(0, -2)", "view(-1)"), rho.SCORING
+                )
+            },
+        ),
         ({}, {"CODE": {**rho.CODE, "model.py": "other"}}),
     ):
         with monkeypatch.context() as m:
