@@ -529,22 +529,18 @@ class HeldOut:
         """Yield the documents that are not held out, some later than they came."""
         held = self.documents
         tenth = bytes([26])  # of all digests a tenth is smaller
-        limit = bytes([255])  # it only falls: a copy of what is not held is not held later
         n_rest = 0
         for document in documents:
             digest = self.digest(document.text)
             if digest in held or digest in self.avoid:
                 document.source.counts["duplicates"] += 1
                 continue
-            if digest < limit:
-                held[digest] = document
-                largest = max(held)
-                if len(held) <= self.n and (largest < tenth or len(held) == 1):
-                    continue
-                limit = largest
-                document = held.pop(largest)
-            n_rest += 1
-            yield document
+            # What leaves is larger than all that stay, so a copy of it leaves too.
+            held[digest] = document
+            largest = max(held)
+            if len(held) > self.n or (len(held) > 1 and largest > tenth):
+                n_rest += 1
+                yield held.pop(largest)
         if held and not n_rest:  # of the only document the end is held out
             (document,) = held.values()
             cut = len(document.text) * 9 // 10
@@ -588,7 +584,7 @@ def write_split(work, split, arrays, meta):
     """Write the tokens of documents one after another, and count them in meta."""
     tokens = 0
     documents = 0
-    with open(Path(work, f"{split}.bin"), "wb") as file:
+    with whole_file(Path(work, f"{split}.bin")) as file:
         for ids in tqdm(arrays, split, unit=" documents", disable=None):
             file.write(ids)
             tokens += len(ids)
@@ -627,8 +623,9 @@ def write_answers(work, documents, tokenizer, meta):
     mask = np.concatenate([mask for _, mask in pairs] + [[False]])
     ends = np.flatnonzero(tokens == tokenizer.eot)[1:]
     mask[ends] = mask[ends - 1]
-    tokens.astype(meta["dtype"]).tofile(work / "sft.bin")
-    mask.astype(np.uint8).tofile(work / "sft_mask.bin")
+    for name, array in (("sft", tokens.astype(meta["dtype"])), ("sft_mask", mask.astype(np.uint8))):
+        with whole_file(work / f"{name}.bin") as file:
+            file.write(array)
     meta["tokens"]["sft"] = len(tokens)
     meta["documents"]["sft"] = len(pairs)
 
@@ -678,13 +675,14 @@ def new_folder(folder):
             sys.exit(f"{folder / name} is not of prepare_data.py: choose another --out")
     work = folder.parent / f".{folder.name}.preparing"
     work.mkdir(parents=True, exist_ok=True)
+    leftovers = WRITTEN | {f"{name}.tmp" for name in WRITTEN}
     try:
         with FileLock(work / "lock", timeout=0):
-            clear(work, WRITTEN)  # what a killed run left
+            clear(work, leftovers)  # of a killed run
             try:
                 yield work
             finally:
-                clear(work, {*WRITTEN, "lock"})
+                clear(work, leftovers | {"lock"})
                 with suppress(OSError):  # somebody else has put something there
                     work.rmdir()
     except Timeout:
@@ -1063,7 +1061,8 @@ def prepare_demo(
             tokens, kinds = zip(*demo_tokens(documents, tokenizer, limit), strict=True)
             write_split(work, split, tokens, meta)
             all_kinds[split] = np.concatenate(kinds)
-        np.savez(work / "kinds.npz", **all_kinds)
+        with whole_file(work / "kinds.npz") as file:
+            np.savez(file, **all_kinds)
         if mix:
             write_split(work, "mixed", mixed_documents(work, meta, mix), meta)
         write_questions(work, {question: held[question].strip(" ") for question in held})

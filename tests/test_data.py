@@ -8,6 +8,7 @@ import base64
 import csv
 import errno
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -598,11 +599,18 @@ def test_a_full_disk_leaves_what_was_there(text, monkeypatch):
     run(*flags)
     before = contents(".")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train.bin")
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(prepare_data, "mixed_documents", full)
-    with pytest.raises(SystemExit, match="train.bin: No space left"):
+    plain = open
+
+    def open_full(path, mode="r", *args, **kwargs):
+        is_mixed = mode == "wb" and "mixed" in str(path)
+        return FullDisk(path, "w") if is_mixed else plain(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", open_full)
+    with pytest.raises(SystemExit, match="mixed.bin: No space left"):
         prepare_data.run_script(lambda: run(*flags, "--mix", 0.5))
     assert contents(".") == before
 
