@@ -229,12 +229,15 @@ def latex_worker(seconds):
         print(int(equal), flush=True)
 
 
+def can_read_latex():
+    # Windows has no timer that ends a process.
+    return importlib.util.find_spec("math_verify") and hasattr(signal, "setitimer")
+
+
 @functools.cache
 def start_worker():
     """latex_worker alone in a process of its own, without torch; None without math-verify."""
-    # Windows has no timer that ends a process.
-    if not importlib.util.find_spec("math_verify") or not hasattr(signal, "setitimer"):
-        print("LaTeX is compared as text and numbers only; for more: pip install math-verify")
+    if not can_read_latex():
         return None
     source = f"{inspect.getsource(latex_worker)}\nlatex_worker({SECONDS})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -575,6 +578,8 @@ def main(argv=None):
         sys.exit(f"{args.ckpt} has no tokenizer (a folder needs a tokenizer.json)")
     check_rows(model, checkpoint["tokenizer"], args.ckpt)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if not can_read_latex():
+        print("LaTeX is compared as text and numbers only; for more: pip install math-verify")
     if args.task != "all":
         evaluate_task(args, args.task, model, tokenizer)
         return
