@@ -13,10 +13,10 @@ held-out questions are asked. CLM (causal language modeling) is ordinary trainin
     python rho.py                                   6  all of the next four, then their table
     python rho.py --stage ref                       1  reference, on clean text: 112 of 500
     python rho.py --stage clm                       2  all tokens of the corpus: 54 of 500
-    python rho.py --stage slm                       2  the half with the most excess: 109 of 500
+    python rho.py --stage slm                       2  the half with the most excess: 117 of 500
     python rho.py --stage clm --corpus mixed --tokens 1350000
-                                                    2  clean text in the corpus: 293 of 500
-    python rho.py --stage slm --select random       2  the control, a random half: RANDOM of 500
+                                                    2  clean text in the corpus: 292 of 500
+    python rho.py --stage slm --select random       2  the control, a random half: 35 of 500
     python rho.py --stage sft --init out/demo/slm.pt   fine-tuning on answers
     python rho.py --stage table                        all runs in out/demo, beside CLM
     (*) on two cores of a laptop; they need neither AVX-512 nor bfloat16
