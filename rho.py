@@ -258,6 +258,7 @@ def train(cfg):
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     identity = make_identity(cfg, meta, model, reference)
     first_step = 0
+    # Since the start of the run; and since the last evaluation.
     sums = {"trained": 0, "empty_steps": 0, "seconds": 0.0}
     sums |= {"loss_since_eval": 0.0, "mask_since_eval": 0.0}
 
@@ -857,6 +858,7 @@ def run_config(cfg, stage, **changes):
     elif not run.reference:
         run.reference = f"{run.out}/ref.pt"
 
+    # The stage, and what is not usual in it: clm, slm, slm-random, clm-mixed.
     usual_name = stage
     if run.select != usual_rule:
         usual_name += f"-{run.select}"
@@ -886,6 +888,7 @@ def main(argv=None):
     if cfg.stage == "all" and cfg.name:
         sys.exit("--name: --stage all makes several runs; give another --out")
     start_ranks(cfg.device)
+    # One rank makes the demo's text. The others wait.
     if RANK == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
         say(f"making the demo's text in {cfg.data}")
         prepare_demo(cfg.data)
