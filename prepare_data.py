@@ -1084,6 +1084,8 @@ def run_script(main):
         # Python would flush to the closed pipe once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        sys.exit(f"this needs another package: pip install {error.name}")
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 

@@ -197,3 +197,11 @@ def test_the_demos_numbers_are_those_of_its_logs(capsys):
         last = (ROOT / "results" / "demo" / f"{run}.jsonl").read_text().splitlines()[-1]
         right.append(f"{json.loads(last)['right']} of 500")
     assert re.findall(r"\d+ of 500", rho.__doc__) == right
+
+
+def test_a_missing_package_is_one_line():
+    def main():
+        raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+
+    with pytest.raises(SystemExit, match="pip install tokenizers"):
+        prepare_data.run_script(main)
