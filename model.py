@@ -313,6 +313,8 @@ def make_optimizers(model, name, lr, weight_decay):
 
 def load_checkpoint(path):
     """The dict that a run saved, on the CPU. Exits where the file is damaged or something else."""
+    if not Path(path).exists():
+        sys.exit(f"{path} is missing; the demo's are made by: python rho.py")
     with one_line(path, "If it is rho.py's: delete it and run its stage again"):
         # torch.load does not compare the checksums that torch.save wrote: a flipped bit would
         # become a weight.

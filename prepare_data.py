@@ -1134,10 +1134,13 @@ def file_digest(path):
 # ==== The command line ============================================================================
 
 
+USAGE = "python prepare_data.py [--FLAG VALUE ...]; -h lists all flags"
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     raw = RawDescriptionHelpFormatter
-    parser = ArgumentParser("prepare_data.py", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("prepare_data.py", USAGE, __doc__, formatter_class=raw)
     add = parser.add_argument
     paths = {"nargs": "+", "metavar": "PATH", "default": []}
     add("--reference", **paths, help="clean text: the target")
