@@ -1,9 +1,11 @@
 """A page to browse: which tokens of held-out corpus text are worth training on, and when.
 
     python results/tokens_page.py out/demo      out/demo/tokens.html; opens in any browser
+    python results/tokens_page.py out/seed1 --save results/logs/tokens.npz
 
 It shows every run in the folder beside the reference, which is the run `ref`, by the losses that
-rho.py stores at each evaluation. The page is one file and needs no network.
+rho.py stores at each evaluation. The page is one file and needs no network. With --save the losses
+of ref, clm and slm go to a file instead, from which the published pictures are drawn.
 """
 
 import argparse
@@ -29,19 +31,10 @@ def page_data(folder):
     runs = read_runs(folder)
     if "ref" not in runs:
         sys.exit(f"{folder} has no reference; python rho.py --stage ref --out {folder}")
-    flags = runs["ref"][0]["flags"]
-    cfg = Config(data=flags["data"], block_size=flags["block_size"])
-    meta = load_meta(cfg.data)
-    runs = same_text(folder, runs, meta)
-    ref_loss = read_losses(folder, "ref", runs.pop("ref"))[-1]  # (N,)
-
-    # A loss belongs to the token that was to be predicted: the target.
-    _, targets, _ = open_windows(cfg, meta, "val_corpus")
-    tokens = targets.flatten()[: len(ref_loss)]
-    tokens = tokens[:SHOWN].tolist()
-    tokenizer = get_tokenizer(meta["tokenizer"])
-    text = {token: tokenizer.decode([token]) for token in set(tokens)}
-
+    data = runs["ref"][0]["flags"]["data"]
+    runs = same_text(folder, runs, load_meta(data))
+    ref_loss = read_losses(folder, "ref", runs["ref"])[-1]  # (N,)
+    text, starts, kinds = read_text(runs.pop("ref")[0]["flags"], len(ref_loss[:SHOWN]))
     shown = {}
     usual = runs["slm"][0]["flags"] if "slm" in runs else vars(Config())
     # The page opens on the first run: SLM, where it is there.
@@ -49,9 +42,9 @@ def page_data(folder):
         losses = read_losses(folder, run, runs[run])
         shown[run] = run_data(runs[run], losses, ref_loss, usual)
     return {
-        "text": [text[token] for token in tokens],
-        "starts": [token == tokenizer.eot for token in tokens],
-        "kinds": read_kinds(cfg.data, meta, len(tokens)),
+        "text": text,
+        "starts": starts,
+        "kinds": kinds,
         "ref": two_decimals(ref_loss),
         "runs": shown,
     }
@@ -112,14 +105,36 @@ def two_decimals(losses):
     return losses[..., :SHOWN].astype(float).round(2).tolist()
 
 
-def read_kinds(data, meta, n):
-    """What the demo's generator wrote each token as. For other text, which has no such file: []."""
-    path = Path(data, "kinds.npz")
+def read_text(flags, n):
+    """Of the first n held-out tokens: their text, whether a document starts, and their kinds.
+
+    A kind is what the demo's generator wrote a token as. Other text has none: [].
+    """
+    cfg = Config(data=flags["data"], block_size=flags["block_size"])
+    meta = load_meta(cfg.data)
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    # A loss belongs to the token that was to be predicted: the target.
+    _, targets, _ = open_windows(cfg, meta, "val_corpus")
+    tokens = targets.flatten()[:n].tolist()
+    text = [tokenizer.decode([token]) for token in tokens]
+    starts = [token == tokenizer.eot for token in tokens]
+    path = Path(cfg.data, "kinds.npz")
     if not path.exists():
-        return []
-    numbers = np.load(path)["val_corpus"]
-    numbers = numbers[1 : n + 1]  # shifted by one, as the targets are
-    return [meta["kinds"][number] for number in numbers]
+        return text, starts, []
+    numbers = np.load(path)["val_corpus"][1 : n + 1]  # shifted by one, as the targets are
+    return text, starts, [meta["kinds"][number] for number in numbers]
+
+
+def save_losses(folder, path):
+    """The losses of three runs, float16: ref (N,) at its end, clm and slm (evaluations, N)."""
+    runs = read_runs(folder)
+    losses = {run: read_losses(folder, run, runs[run]) for run in ("ref", "clm", "slm")}
+    arrays = {run: array.astype(np.float16) for run, array in losses.items()}
+    arrays["ref"] = arrays["ref"][-1]
+    flags = runs["ref"][0]["flags"]
+    arrays["text"], arrays["starts"], arrays["kinds"] = read_text(flags, len(arrays["ref"]))
+    arrays["tokens"] = [record["tokens"] for record in runs["slm"][1:]]
+    np.savez_compressed(path, **arrays)
 
 
 def main(argv=None):
@@ -127,7 +142,12 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="folder of runs, with ref and at least one other")
-    folder = Path(parser.parse_args(argv).folder)
+    parser.add_argument("--save", metavar="FILE", help="write losses instead, as .npz")
+    args = parser.parse_args(argv)
+    folder = Path(args.folder)
+    if args.save:
+        save_losses(folder, args.save)
+        return
     # Text of the corpus must not end the script element that it stands in, whatever it holds.
     data = json.dumps(page_data(folder)).replace("<", "\\u003c")
     template = (HERE / "tokens_template.html").read_text()

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -37,11 +38,13 @@ def out(tiny_data, tmp_path, monkeypatch):
     for run, ratio in RATIOS.items():
         select = "all" if ratio == 1 else "excess"
         flags = {**same, "stage": run[:3], "select": select, "ratio": ratio}
-        records = [{"flags": flags, "identity": {**flags, **files}}]
+        before = 5000 if select == "excess" else 0
+        records = [{"flags": flags, "identity": {**flags, **files}, "tokens_before": before}]
         for step in STEPS:
             np.save(tmp_path / f"{run}-{step}.npy", np.float16(rng.random((8, 16))))
             right, loss = rng.random(2)
-            records.append({"step": step, "tokens": 1000 * step, "right": right, "val_loss": loss})
+            answers = {"right": right, "questions": 50}
+            records.append({"step": step, "tokens": 1000 * step, "val_loss": loss, **answers})
         (tmp_path / f"{run}.jsonl").write_text("\n".join(map(json.dumps, records)))
     return tmp_path
 
@@ -80,21 +83,123 @@ def test_kept_tokens_are_the_top_k_of_the_excess(out):
 
 def test_picture_shows_the_logged_values_and_names_each_line(out):
     runs = plots.read_runs(out)
-    for ax, key in zip(plots.runs_picture(runs).axes, ("right", "val_loss"), strict=True):
-        for line, (run, records) in zip(ax.lines, runs.items(), strict=True):
-            points = [[record["tokens"] / 1e6, record[key]] for record in records[1:]]
+    picture = plots.runs_picture({run: [records] for run, records in runs.items()})
+    for ax, key, times in zip(picture.axes, ("right", "val_loss"), (2, 1), strict=True):
+        for line, (run, (header, *evaluations)) in zip(ax.lines, runs.items(), strict=True):
+            x = [(header["tokens_before"] + record["tokens"]) / 1e6 for record in evaluations]
+            y = [times * record[key] for record in evaluations]  # 2: in %, of 50 questions
             if run == "ref":  # a line across, where it ends
-                points = [[0, points[-1][1]], points[-1]]
-            assert line.get_xydata().tolist() == points
+                x, y = [0, 0.035], [y[-1], y[-1]]
+            assert np.allclose(line.get_xydata().T, [x, y])
         assert {text.get_text() for text in ax.texts} == {line.get_label() for line in ax.lines}
         assert len({line.get_linestyle() + line.get_marker() for line in ax.lines}) == 5
+
+
+def test_lines_and_bands_are_mean_and_deviation_over_seeds(out):
+    runs = {}
+    for run, (header, *evaluations) in plots.read_runs(out).items():
+        runs[run] = []
+        for factor in (1, 1.1, 1.7):
+            changed = [
+                {**record, "val_loss": factor * record["val_loss"]} for record in evaluations
+            ]
+            runs[run].append([header, *changed])
+    _, ax = plots.runs_picture(runs).axes
+    bands = [band for band in ax.collections if band.get_facecolor().size]
+    assert len(bands) == len(ax.lines) == 5
+    for line, band, seeds in zip(ax.lines, bands, runs.values(), strict=True):
+        # The last point of each line, and what the band spans there.
+        losses = [records[-1]["val_loss"] for records in seeds]
+        mean, deviation = statistics.mean(losses), statistics.stdev(losses)
+        x, y = line.get_xydata()[-1]
+        span = [edge for place, edge in band.get_paths()[0].vertices if place == x]
+        assert np.allclose([y, min(span), max(span)], [mean, mean - deviation, mean + deviation])
+
+
+@pytest.fixture
+def tokens():
+    """What tokens_page.py --save writes, at random: 5 pages, 3 evaluations."""
+    rng = np.random.default_rng(2)
+    n = 200
+    return {
+        "text": np.array([f" w{i}" for i in range(n)]),
+        "kinds": rng.permutation(n // 5 * [*plots.KINDS][:5]),
+        "starts": np.arange(n) % 40 == 0,
+        "ref": np.float16(rng.random(n)),
+        "clm": np.float16(rng.random((3, n))),
+        "slm": np.float16(rng.random((3, n))),
+        "tokens": np.array([1000, 2000, 3000]),
+    }
+
+
+def highest(losses, ref, k):
+    """The numbers of the k tokens with the most excess."""
+    excess = [float(loss) - float(least) for loss, least in zip(losses, ref, strict=True)]
+    return sorted(range(len(excess)), key=lambda i: -excess[i])[:k]
+
+
+def test_selection_picture_shows_shares_of_kinds_and_losses_of_one_set(tokens):
+    tokens["kinds"][:9] = "chatter"  # every kind occurs
+    left, right = plots.selection_picture(tokens, {"ratio": 0.3, "threshold": None}).axes
+    assert {line.get_label() for line in left.lines} == set(tokens["kinds"])
+    for line in left.lines:
+        for at, (x, share) in enumerate(line.get_xydata()):
+            kept = highest(tokens["slm"][at], tokens["ref"], 60)
+            of_kind = [i for i in range(200) if tokens["kinds"][i] == line.get_label()]
+            assert np.isclose(share, 100 * len({*kept} & {*of_kind}) / len(of_kind))
+            assert np.isclose(x, tokens["tokens"][at] / 1e6)
+    chosen = highest(tokens["clm"][0], tokens["ref"], 60)
+    others = [i for i in range(200) if i not in chosen]
+    sets = [("clm", chosen), ("clm", others), ("slm", chosen), ("slm", others)]
+    for line, (run, numbers) in zip(right.lines, sets, strict=True):
+        for at, loss in enumerate(line.get_ydata()):
+            assert np.isclose(loss, statistics.mean(float(tokens[run][at][i]) for i in numbers))
+
+
+def test_tokens_picture_sets_a_page_and_what_is_kept_of_it_in_bold(tokens):
+    tokens["kinds"][:40] = "noise"  # the second page is the first with every kind
+    (ax,) = plots.tokens_picture(tokens, {"ratio": 0.3, "threshold": None}).axes
+    _, kept_sign, *texts = ax.texts  # after the title, the legend
+    assert kept_sign.get_weight() == "bold"
+    texts = [text for text in texts if re.fullmatch(r"w\d+", text.get_text())]
+    assert [text.get_text() for text in texts] == [f"w{i}" for i in range(41, 80)]
+    kept = {f"w{i}" for i in highest(tokens["slm"][0], tokens["ref"], 60) if 40 < i < 80}
+    assert {text.get_text() for text in texts if text.get_weight() == "bold"} == kept
+
+
+# Each panel of the sweeps: what is on the axis, SLM, CLM.
+SWEEPS = [
+    "20 keep-0.2 clm, 35 keep-0.35 clm, 50 slm clm, 65 keep-0.65 clm, 80 keep-0.8 clm, 100 clm clm",
+    "0 w0-slm w0-clm, 50 w0.5-slm w0.5-clm, 75 slm clm, 90 w0.9-slm w0.9-clm",
+    "0 d0-slm d0-clm, 1 slm clm, 3 d3-slm d3-clm, 6 d6-slm d6-clm",
+    "ref slm clm, ref-0.3x slm-ref-0.3x clm, ref-3x slm-ref-3x clm, "
+    "ref-short slm-ref-short clm, ref-small slm-ref-small clm",
+]
+
+
+def test_sweeps_picture_shows_the_last_answers_of_each_run(tmp_path):
+    right = {}
+    for run in re.findall(r"[a-z][\w.-]*", str(SWEEPS)):
+        right.setdefault(run, 3 * len(right) + 1)
+        record = {"right": right[run], "questions": 200}
+        log = "\n".join(map(json.dumps, [{}, {**record, "right": 0}, record]))
+        (tmp_path / f"{run}.jsonl").write_text(log)
+    for ax, panel in zip(plots.sweeps_picture(tmp_path).axes, SWEEPS, strict=True):
+        places, slm, clm = zip(*map(str.split, panel.split(",")), strict=True)
+        # The references are better in this order.
+        x = [right[place] / 2 if place in right else float(place) for place in places]
+        for line, runs in zip(ax.lines, (slm, clm), strict=True):
+            assert np.allclose(line.get_xydata().T, [x, [right[run] / 2 for run in runs]])
+    (tmp_path / "d3-slm.jsonl").unlink()
+    with pytest.raises(SystemExit, match="d3-slm.jsonl is missing"):
+        plots.sweeps_picture(tmp_path)
 
 
 @pytest.mark.parametrize(
     "script, files, content, says",
     [
         (plots, "*.jsonl", "", "python rho.py --out"),
-        (plots, "clm.jsonl", '{"flags": ', "clm.jsonl is damaged"),
+        (plots, "clm.jsonl", '{"flags": ', "clm.jsonl is missing or damaged"),
         (tokens_page, "ref.jsonl", "", "python rho.py --stage ref --out"),
         (tokens_page, "[cs]*.jsonl", "", "python rho.py --out"),
         (tokens_page, "slm-20.npy", "\x93NUMPY", "slm-20.npy is missing or damaged"),

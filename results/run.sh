@@ -1,0 +1,205 @@
+#!/usr/bin/env bash
+# Every run behind the tables and pictures of results/README.md. Two runs at a time, one thread each.
+#
+#   bash results/run.sh             all: 6 hours on two cores. Repeated, it goes on where it stopped
+#   bash results/run.sh rules 2     the runs of one table for one seed, once `setup 0` and `main` are made
+#
+# The runs of `real` need PACK, a folder of public text (see the function), and are skipped without.
+set -eu
+export OMP_NUM_THREADS=1
+PACK=${PACK:-}
+
+# Highest learning rates, of three that each arm was tried with on seed 1 (`rates`): those that
+# answer most. They were fixed before the other seeds were run.
+NEW="--lr 1.5e-3"     # new weights
+STARTED="--lr 2e-4"   # the reference's weights
+
+# A run; its rho.py may be a changed one: rho CODE FLAGS.
+rho() { code=$1; shift; python "$code/rho.py" --out "out/seed$seed" --seed "$seed" "$@"; }
+ref() { echo "out/seed$seed/ref.pt"; }
+
+# The data sets, and copies of the scripts with the diffs of results/variants.
+setup() {
+    demo="python prepare_data.py --max_tokens"
+    $demo 3.2e6 --out data/demo
+    $demo 6.2e6 --out data/long
+    $demo 6.2e6 --dirty 6 --out data/d6
+    for wrong in 0 0.5 0.9; do $demo 2.2e6 --wrong $wrong --out data/w$wrong; done
+    for dirty in 0 3; do $demo 2.2e6 --dirty $dirty --out data/d$dirty; done
+    $demo 3.2e6 --n_ref 1500 --out data/ref-0.3x
+    $demo 3.2e6 --n_ref 15000 --out data/ref-3x
+    for variant in soft mask pages distilled; do
+        mkdir -p out/code/$variant
+        cp ./*.py out/code/$variant
+        patch -s -d out/code/$variant -p1 < results/variants/$variant.diff
+    done
+}
+
+# What does selection do, and what does the same clean text do otherwise?
+main() {
+    rho . --stage ref --ref_tokens 9e5 $NEW --evals 3
+    rho . --stage clm --tokens 2e6 $NEW --evals 20
+    rho . --stage slm --tokens 2e6 $NEW --evals 20
+    rho . --stage slm --select random --tokens 2e6 $NEW --evals 10
+    rho . --stage slm --name started --init "$(ref)" --tokens 2e6 $STARTED --evals 10
+    # As many tokens as SLM and its reference read together.
+    rho . --stage clm --corpus mixed --tokens 2.9e6 $NEW --evals 10
+    rho . --stage ref --name clean --ref_tokens 2.9e6 $NEW --evals 10
+}
+
+# Two seeds that nothing was chosen with, run once.
+fresh() {
+    rho . --stage ref --ref_tokens 9e5 $NEW --evals 3
+    rho . --stage clm --tokens 2e6 $NEW --evals 20
+    rho . --stage slm --tokens 2e6 $NEW --evals 20
+    rho . --stage slm --name started --init "$(ref)" --tokens 2e6 $STARTED --evals 10
+}
+
+# The rates that were tried beside those above.
+rates() {
+    for lr in 7.5e-4 3e-3; do
+        last="--lr $lr --evals 1 --name"
+        rho . --stage ref --ref_tokens 9e5 --lr $lr --evals 3 --name ref-lr$lr
+        rho . --stage clm --tokens 2e6 $last clm-lr$lr
+        rho . --stage slm --tokens 2e6 $last slm-lr$lr
+        rho . --stage slm --select random --tokens 2e6 $last slm-random-lr$lr
+        rho . --stage clm --corpus mixed --tokens 2.9e6 $last clm-mixed-lr$lr
+        rho . --stage ref --ref_tokens 2.9e6 $last clean-lr$lr
+    done
+    for lr in 1e-4 4e-4; do
+        rho . --stage slm --init "$(ref)" --tokens 2e6 --lr $lr --evals 1 --name started-lr$lr
+    done
+}
+
+# A dirtier corpus, more of it, and only a model of clean text: what is its best use?
+d6() { code=$1; shift; rho $code --data data/d6 --tokens 3.1e6 "$@"; }
+dirtier() {
+    d6 . --stage clm --name d6-started-clm --init "$(ref)" $STARTED --evals 5
+    d6 . --stage slm --name d6-started --init "$(ref)" --ratio 0.2 $STARTED --evals 5
+    d6 . --stage slm --name d6-new --ratio 0.2 $NEW --evals 5
+    d6 out/code/distilled --stage slm --name d6-distilled --ratio 1 $NEW --evals 5
+}
+dirtier_rates() {
+    for lr in 1e-4 4e-4; do
+        last="--init $(ref) --lr $lr --evals 1"
+        d6 . --stage clm --name d6-started-clm-lr$lr $last
+        d6 . --stage slm --name d6-started-lr$lr --ratio 0.2 $last
+    done
+    for lr in 7.5e-4 3e-3; do
+        d6 . --stage slm --name d6-new-lr$lr --ratio 0.2 --lr $lr --evals 1
+        d6 out/code/distilled --stage slm --name d6-distilled-lr$lr --ratio 1 --lr $lr --evals 1
+    done
+}
+
+# Which tokens should be kept? CLM, SLM (the half with the most excess) and random are of `main`.
+rules() {
+    last="--tokens 2e6 $NEW --evals 1"
+    rho . --stage slm $last --ratio 0.2 --name keep-0.2
+    rho . --stage slm $last --ratio 0.8 --name keep-0.8
+    rho . --stage slm $last --threshold 0.5 --name half-nat
+    rho . --stage slm $last --select ref_loss
+    rho . --stage slm $last --select ref_both
+    rho . --stage slm $last --select loss
+    # Without clean text: the reference is CLM of another seed.
+    other="out/seed$((seed % 5 + 1))/clm.pt"
+    rho . --stage slm $last --select ref_both --ratio 0.8 --reference $other --name self
+    for variant in soft mask pages; do
+        rho out/code/$variant --stage slm $last --name $variant
+    done
+}
+
+# Does CLM catch up? Three times the length, at one and at six pieces of dirt a problem.
+long() {
+    last="--tokens 6e6 $NEW --evals 30"
+    rho . --data data/long --stage clm $last --name long-clm
+    rho . --data data/long --stage slm $last --name long-slm
+}
+long_d6() {
+    last="--tokens 6e6 $NEW --evals 30"
+    rho . --data data/d6 --stage clm $last --name long-d6-clm
+    rho . --data data/d6 --stage slm $last --ratio 0.2 --name long-d6-slm
+}
+
+# The picture of sweeps: the share kept, the corpus, the reference.
+sweeps() {
+    last="--tokens 2e6 $NEW --evals 1"
+    rho . --stage slm $last --ratio 0.35 --name keep-0.35
+    rho . --stage slm $last --ratio 0.65 --name keep-0.65
+    for corpus in w0 w0.5 w0.9 d0 d3 d6; do
+        rho . --data data/$corpus --stage clm $last --name $corpus-clm
+        rho . --data data/$corpus --stage slm $last --name $corpus-slm
+    done
+}
+references() {
+    train="--stage ref $NEW --evals 1"
+    rho . $train --ref_tokens 3e5 --name ref-short
+    rho . $train --ref_tokens 9e5 --name ref-small --n_layer 2 --n_embd 64 --n_inner 192 --n_head 2
+    rho . $train --ref_tokens 9e5 --name ref-0.3x --data data/ref-0.3x
+    rho . $train --ref_tokens 9e5 --name ref-3x --data data/ref-3x
+    for name in ref-short ref-small ref-0.3x ref-3x; do
+        slm="--stage slm --name slm-$name --reference out/seed$seed/$name.pt"
+        rho . $slm --tokens 2e6 $NEW --evals 1
+    done
+}
+
+# Real text: mathematics as it is found, an eighth of it GSM8K's training problems, after a base model
+# of other text. The target are problems of GSM8K that are in neither; asked are MAWPS's easiest.
+real_data() {
+    mkdir -p data/src
+    sed -n '1,500p' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/dev.jsonl
+    awk 'NR > 500 && NR % 2 == 1' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/clean.jsonl
+    awk 'NR > 500 && NR % 2 == 0' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/hidden.jsonl
+    awk 'NR % 4 == 1' "$PACK/reference/math_train_text.jsonl" > data/src/math.jsonl
+    sed 's/"input"/"question"/; s/"target"/"answer"/' \
+        "$PACK/eval/math-evaluation-harness/data/mawps/singleop.jsonl" > data/src/questions.jsonl
+    make="python prepare_data.py --max_tokens 4e6 --reference data/src/clean.jsonl data/src/math.jsonl"
+    make="$make --val data/src/dev.jsonl --questions data/src/questions.jsonl"
+    text="$PACK/corpus"
+    $make --tokenizer 4096 --out data/real --corpus data/src/hidden.jsonl:6 \
+        "$text"/{openstax_math,planetmath,mathbooks_bysa,mathbooks_gfdl,stackmathqa}.jsonl
+    $make --tokenizer data/real/meta.json --out data/base --corpus \
+        "$text"/{openstax_other,techdocs}.jsonl
+    cp data/src/questions.jsonl data/real
+}
+real_base() {
+    shape="--n_layer 4 --n_head 3 --n_embd 192 --n_inner 512 --block_size 256"
+    python rho.py --data data/base --out out/real --stage clm --name base --seed 1 $shape \
+        --lr 2e-3 --tokens 2.4e6 --evals 1 --questions 0
+}
+real() {
+    run="python rho.py --data data/real --out out/real/seed$seed --seed $seed --init out/real/base.pt"
+    run="$run --block_size 256 --lr 2e-3 --tokens 1.2e6 --evals 6 --eval_windows 352"
+    $run --stage ref --ref_tokens 1.2e6
+    $run --stage clm
+    $run --stage slm --select random --ratio 0.6
+    $run --stage slm --ratio 0.6
+    $run --stage slm --ratio 0.3 --name slm-30
+}
+
+# What the pages are made from: the logs, and losses of single tokens of seed 1.
+collect() {
+    for folder in out/seed* out/real/seed*; do
+        [ -d "$folder" ] || continue
+        mkdir -p "results/logs/${folder#out/}"
+        cp "$folder"/*.jsonl "results/logs/${folder#out/}"
+    done
+    python results/tokens_page.py out/seed1 --save results/logs/tokens.npz
+}
+
+if [ $# -eq 2 ]; then
+    seed=$2
+    $1
+    exit
+fi
+bash "$0" setup 0
+# Later lines need what earlier ones made.
+xargs -P 2 -L 1 bash "$0" <<'END'
+main 1
+main 2
+rates 1
+dirtier_rates 1
+main 3
+main 4
+main 5
+END
+bash "$0" collect 0
