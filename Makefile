@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test results clean
 
 demo: .venv/demo
 	$(PY) rho.py
@@ -14,6 +14,12 @@ test: .venv/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+# Everything that is published: 6 hours on two cores.
+results: .venv/demo
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash results/run.sh
+	$(PY) results/tables.py
+	$(PY) results/plots.py
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

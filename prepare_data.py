@@ -34,11 +34,9 @@ import sys
 import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +50,14 @@ from tqdm import tqdm
 ENDING = re.compile(
     r"(\.jsonl|\.ndjson|\.json|\.csv|\.txt|\.md|\.parquet)(\.gz|\.xz|\.zst)?$", re.I
 )
+HIDDEN = re.compile(r"(^|/)(\.[^/]|readme\.md$)", re.I)  # what of a folder is passed over
 # How files begin that are often found under another name.
-MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
-MAGIC["git-LFS pointer"] = b"version https://git-lfs"
+MAGIC = {
+    ".gz": b"\x1f\x8b",
+    ".xz": b"\xfd7zXZ",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    "git-LFS pointer": b"version https://git-lfs",
+}
 LANES = 64  # files of one source that are open at a time
 PIECE = 1 << 16  # characters of a .txt that make one document, at most
 BATCH = 1 << 20  # characters that are tokenized at a time
@@ -63,7 +66,14 @@ VAL_CORPUS = 200  # documents of the corpus that are held out, at most
 SPLITS = ("ref", "train", "val", "val_corpus")
 WRITTEN = {"meta.json", "kinds.npz", "questions.jsonl", "mixed.bin", "sft.bin", "sft_mask.bin"}
 WRITTEN |= {f"{split}.bin" for split in SPLITS}
-ROLES = ("reference", "corpus", "val", "questions", "sft")
+ROLES = {
+    "reference": "clean text: the target",
+    "corpus": "the noisy text",
+    "val": "held-out target text; otherwise it is split off the reference",
+    "questions": "evaluation questions, to be kept out of all text",
+    "sft": "questions with answers, or chats, to fine-tune on the answers",
+}
+ASKED = ("questions", "sft")  # not the field "text" is read of these, but one line of USUAL
 RECIPES = """
 math          reference  6    meta-math/MetaMathQA         train  query,response
 math          reference  4    TIGER-Lab/MathInstruct       train  instruction,output
@@ -75,7 +85,7 @@ general       corpus     3    bigcode/starcoderdata        train  content
 math,general  corpus     1    open-web-math/open-web-math  train  text
 math,general  questions  1    openai/gsm8k:main            test   question,answer
 """  # recipe, role, weight (share of what is read in that role), set on the hub, split, fields
-# What --questions and --sft look for: the first of these of which a row has all fields.
+# What is read for them without PATH::FIELDS: the first of these of which a row has all fields.
 USUAL = "question,answer problem,solution query,response Body,Question,Answer input,target "
 USUAL += "instruction,input,output instruction,output messages conversations question problem"
 ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --sft learns from
@@ -85,48 +95,54 @@ ANSWERERS = ("assistant", "gpt", "model", "bot")  # the roles in a chat that --s
 
 
 def prepare_text(args, sources, command):
-    """Tokenize the sources {role: [Source, ...]} into the folder args.out."""
+    """Tokenize the sources into the folder args.out."""
+
+    def read(role):
+        return read_sources([source for source in sources if source.role == role], args.skip_bad)
+
     with new_folder(args.out) as work:
         # What is wrong with a file should show now, and not after an hour.
-        for source in chain(*sources.values()):
+        for source in sources:
             for file in source.files:
-                next(read_role([replace(source, files=[file], counts=Counter())], args), None)
+                first_documents(replace(source, files=[file]), 1, args.skip_bad)
         spec = make_spec(args, sources)
         tokenizer = get_tokenizer(spec)
         meta = new_meta(spec, args.seed, command)
         questions = {}
-        for document in read_role(sources["questions"], args):
+        for document in read("questions"):
             (question, _), (answer, _) = document.parts
             questions[question] = answer
         write_questions(work, questions)
         grams = question_grams(questions)
 
         def clean(role):
-            return without_questions(read_role(sources[role], args), grams)
+            return without_questions(read(role), grams)
 
         def write(split, documents, max_tokens=math.inf):
-            write_split(work, split, tokenize(documents, tokenizer, meta, max_tokens), meta)
+            arrays = tokenize(documents, tokenizer, meta["dtype"])
+            write_split(work, split, arrays, meta, max_tokens)
             if meta["tokens"][split] < 100:
-                read = "; ".join(map(str, chain(*sources.values())))
-                sys.exit(f"too little text for {split}.bin: {read}")
+                sys.exit(f"too little text for {split}.bin: {'; '.join(map(str, sources))}")
 
         # A --val of its own is not searched for questions, since it may consist of them.
-        val = list(read_role(sources["val"], args))
-        held = HeldOut(0 if args.val else args.val_docs, f"{args.seed} ref", val)
-        write("ref", held.rest(clean("reference")))
-        val = val or [*held.documents.values()]
+        val = list(read("val"))
+        n = 0 if args.val else args.val_docs
+        held, rest = hold_out(clean("reference"), n, f"{args.seed} ref", val)
+        write("ref", rest)
+        val = val or [*held.values()]
         write("val", val)
         # What is held out as target text must not be in the corpus either.
-        held = HeldOut(VAL_CORPUS, f"{args.seed} train", val)
-        write("train", held.rest(clean("corpus")), args.max_tokens)
-        write("val_corpus", held.documents.values())
+        held, rest = hold_out(clean("corpus"), VAL_CORPUS, f"{args.seed} train", val)
+        write("train", rest, args.max_tokens)
+        write("val_corpus", held.values())
         if args.mix:
             write_split(work, "mixed", mixed_documents(work, meta, args.mix), meta)
         if args.sft:
-            write_answers(work, HeldOut(0, "", val).rest(clean("sft")), tokenizer, meta)
-        meta["sources"] = [vars(source) for source in chain(*sources.values())]
-        found = sum(source["counts"]["contaminated"] for source in meta["sources"])
+            _, rest = hold_out(clean("sft"), 0, "", val)
+            write_answers(work, rest, tokenizer, meta)
+        found = sum(source.counts["contaminated"] for source in sources)
         meta["contamination"] = {"ngram": NGRAM, "questions": len(questions), "documents": found}
+        meta["sources"] = [vars(source) for source in sources]
         publish(work, args.out, meta)
 
 
@@ -135,9 +151,10 @@ def make_spec(args, sources):
     if not args.tokenizer.isdigit():
         return tokenizer_spec(args.tokenizer)
     texts = []
-    for source in sources["reference"] + sources["corpus"]:
-        documents = read_role([replace(source, counts=Counter())], args)
-        texts += [document.text for document in islice(documents, 1000)]
+    for source in sources:
+        if source.role in ("reference", "corpus"):
+            documents = first_documents(source, 1000, args.skip_bad)
+            texts += [document.text for document in documents]
     return train_tokenizer(int(args.tokenizer), texts)
 
 
@@ -145,7 +162,7 @@ def new_meta(spec, seed, command):
     """meta.json before anything is written."""
     dtype = "uint16" if spec["n_vocab"] <= 1 << 16 else "uint32"
     meta = {"command": command, "seed": seed, "tokenizer": spec, "dtype": dtype}
-    return {**meta, "tokens": {}, "documents": {}, "sources": [], "contamination": {}}
+    return {**meta, "tokens": Counter(), "documents": Counter()}
 
 
 def write_questions(work, questions):
@@ -176,44 +193,44 @@ class Source:
 
 
 def find_sources(args):
-    """The flags -> {role: [Source, ...]}. Exits if there is no text, or one file comes twice."""
-    sources = {role: [] for role in ROLES}
+    """The flags -> [Source, ...]. Exits if there is no text, or one file comes twice."""
+    sources = []
     for line in RECIPES.strip().splitlines():
         recipes, role, weight, name, split, fields = line.split()
         if args.recipe in recipes.split(","):
-            sources[role].append(Source(role, name, fields, float(weight), split))
+            sources.append(Source(role, name, fields, float(weight), split))
     for role in ROLES:
-        seen = {}
-        for argument in getattr(args, role):
-            source = find_source(role, argument)
-            sources[role].append(source)
-            for file in source.files:
-                real = os.path.realpath(file)
-                text = ENDING.sub(r"\1", real)  # that of a.jsonl.gz is the same as a.jsonl's
-                if text in seen:
-                    sys.exit(f"--{role} {file} is the same text as {seen[text]}: leave one out")
-                seen[text] = file
-                if real in [os.path.realpath(f"{args.out}/{name}") for name in WRITTEN]:
-                    sys.exit(f"--{role} {file} would be overwritten: choose another --out")
+        sources += [find_source(role, argument) for argument in getattr(args, role)]
+    written = {os.path.realpath(f"{args.out}/{name}") for name in WRITTEN}
+    seen = {}
+    for source in sources:
+        for file in source.files:
+            real = os.path.realpath(file)
+            if real in written:
+                sys.exit(f"--{source.role} {file} would be overwritten: choose another --out")
+            text = (source.role, ENDING.sub(r"\1", real))  # a.jsonl.gz holds that of a.jsonl
+            other = seen.setdefault(text, file)
+            if other is not file:
+                sys.exit(f"--{source.role} {file} is the same text as {other}: leave one out")
     return sources
 
 
 def find_source(role, argument):
     """PATH, PATH::FIELDS, PATH:WEIGHT or PATH::FIELDS:WEIGHT -> Source."""
     path = os.path.expanduser(argument)
-    source = Source(role, path)
+    fields = weight = ""
     if not os.path.exists(path):  # names may have colons: what exists is not taken apart
-        parts = re.fullmatch(r"(.+?)(?:::([^:.]+))?(?::(\d*\.?\d+))?", path)
-        path, fields, weight = parts.groups()
-        source = Source(role, path, fields or "", float(weight or 1))
-    if source.weight == 0 or source.fields.count(",") > 2:
+        form = r"(.*?)(?:::([^:.]+))?(?::(\d*\.?\d+))?"
+        path, fields, weight = re.fullmatch(form, path, re.S).groups("")
+    fields = fields or ("" if role in ASKED else "text")
+    source = Source(role, path, fields, float(weight or 1))
+    if source.weight == 0 or fields.count(",") > 2:
         sys.exit(f"{argument}: a weight is above 0, and there are at most three FIELDS")
     files = [path]
     if os.path.isdir(path):
         files = sorted(map(str, Path(path).rglob("*")))
     for file in filter(os.path.isfile, files):
-        hidden = re.search(r"/\.|/readme\.md$", file.removeprefix(path), re.I)
-        if ENDING.search(file) and not hidden:
+        if ENDING.search(file) and not HIDDEN.search(os.path.relpath(file, path)):
             source.files.append(Path(file))
         else:
             source.counts["files passed over"] += 1
@@ -223,20 +240,22 @@ def find_source(role, argument):
     return source
 
 
-# ==== Reading: a role -> files in step -> rows -> documents =======================================
+# ==== Reading: files in step -> rows -> documents =================================================
 
 
 @dataclass
 class Document:
     text: str
-    parts: list  # [(text, whether it is an answer), ...], together the text
+    parts: list  # [(text, label), ...], together the text; label 1: an answer
     source: Source
 
 
-def read_role(sources, args):
+def read_sources(sources, skip_bad):
     """All Documents of some sources, read in step: a prefix of them is a fair sample."""
-    lanes = [read_hub(source) for source in sources if source.split]
+    lanes = []
     for source in sources:
+        if source.split:
+            lanes.append(read_hub(source))
         n = min(LANES, len(source.files))
         lanes += [read_files(source, source.files[i::n]) for i in range(n)]
     for _, source, place, row in heapq.merge(*lanes, key=lambda item: item[0]):
@@ -244,7 +263,7 @@ def read_role(sources, args):
         try:
             parts = row_parts(row, source)
         except ValueError as error:
-            if not args.skip_bad:
+            if not skip_bad:
                 # What is wrong with the first row is mostly wrong with all.
                 remedy = "" if place.endswith(":1") else "; --skip_bad skips such rows"
                 sys.exit(f"{place}: {error}{remedy}")
@@ -257,10 +276,14 @@ def read_role(sources, args):
             source.counts["empty"] += 1
 
 
+def first_documents(source, n, skip_bad):
+    """The first n Documents of a source, which are not counted: they are read again."""
+    return list(islice(read_sources([replace(source, counts=Counter())], skip_bad), n))
+
+
 def read_rows(path):
     """Yield the rows of any file that is read here, as dicts. Exits if it or a row is bad."""
-    source = Source("file", str(path))
-    for _, _, place, row in read_files(source, [Path(path)]):
+    for _, _, place, row in read_files(Source("file", str(path)), [Path(path)]):
         if not isinstance(row, dict):
             sys.exit(f"{place}: {row if isinstance(row, ValueError) else 'no row with fields'}")
         yield row
@@ -271,15 +294,16 @@ def read_files(source, files):
 
     progress: the share of all their bytes that has been used, divided by the source's weight.
     """
-    sizes = [file.stat().st_size for file in files]
+    total = sum(map(os.path.getsize, files))
     before = 0
-    for file, size in zip(files, sizes, strict=True):
+    for file in files:
+        size = os.path.getsize(file)
         remedy = "Damaged or cut short? Fetch it again"
         if file.suffix == ".zst":
             remedy = f"{remedy}. Too much memory? Unpack it: zstd -d --long=31"
         with one_line(file, remedy):
             for number, (used, row) in enumerate(open_rows(file, source), 1):
-                progress = (before + used * size) / sum(sizes) / source.weight
+                progress = (before + used * size) / total / source.weight
                 yield progress, source, f"{file}:{number}", row
         before += size
 
@@ -298,7 +322,7 @@ def read_hub(source):
 
 
 def open_rows(path, source):
-    """Yield (share of the file used, row): a dict, a text, or a ValueError for a bad one."""
+    """Yield (share of the file used, row): a dict, a text, or a ValueError for a bad row."""
     match = ENDING.search(path.name.lower())
     kind, packed = match.groups() if match else (".jsonl", None)
     with open(path, "rb") as file:
@@ -307,20 +331,11 @@ def open_rows(path, source):
         if beginning.startswith(magic) and name != packed:
             sys.exit(f"{path} is a {name} under another name: unpack it, or git lfs pull")
     if kind == ".parquet":
-        groups = parquet_rows(path, source)
-    elif kind in (".txt", ".md"):
-        blocks = read_blocks(path, packed, source, PIECE * 3 // 4, PIECE // 4)
-        groups = ((share, [block]) for share, block in blocks)
-    elif kind == ".csv":
-        groups = csv_rows(read_blocks(path, packed, source))
-    else:
-        groups = json_rows(read_blocks(path, packed, source))
-    # An archive is unpacked in large blocks: inside one, all rows count alike.
-    begin = 0.0
-    for end, rows in groups:
-        for i, row in enumerate(rows, 1):
-            yield begin + (end - begin) * i / len(rows), row
-        begin = end
+        return parquet_rows(path, source)
+    if kind in (".txt", ".md"):
+        return read_blocks(path, packed, source, PIECE * 3 // 4, PIECE // 4)
+    lines = read_lines(read_blocks(path, packed, source))
+    return csv_rows(lines) if kind == ".csv" else json_rows(lines)
 
 
 class SlowFile(io.FileIO):
@@ -341,7 +356,7 @@ def read_blocks(path, packed, source, size=1 << 18, longest=-1):
             file = lzma.LZMAFile(raw)  # noqa: SIM115
         elif packed:
             codec = {".gz": "gzip", ".zst": "zstd"}[packed]
-            file = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+            file = pyarrow.CompressedInputStream(raw, codec)
         text = io.TextIOWrapper(file, "utf-8-sig", errors="replace")
         while block := text.read(size):
             block += text.readline(longest)
@@ -354,83 +369,99 @@ def read_blocks(path, packed, source, size=1 << 18, longest=-1):
         source.counts["characters replaced"] += replaced
 
 
-def json_rows(blocks):
-    """Yield (share, rows) of JSON lines, or of one JSON array, which is read whole."""
-    for share, block in blocks:
-        if block.startswith("["):
-            yield 1.0, json.loads(block + "".join(rest for _, rest in blocks))
-            return
+def read_lines(blocks):
+    """Yield (share of the file used, line)."""
+    begin = 0.0
+    for end, block in blocks:
         # Not splitlines(): a JSON string may hold U+2028.
-        yield share, [json_row(line) for line in block.split("\n") if line.strip()]
+        lines = io.StringIO(block).readlines()
+        # An archive is unpacked in large blocks: inside one, all lines count alike.
+        for i, line in enumerate(lines, 1):
+            yield begin + (end - begin) * i / len(lines), line
+        begin = end
 
 
-def json_row(line):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON: {error}")  # for --skip_bad; the file may go on
+def json_rows(lines):
+    """Yield (share, row) of JSON lines, or of one JSON array, which is read whole."""
+    for number, (share, line) in enumerate(lines):
+        if number == 0 and line.startswith("["):
+            rows = json.loads(line + "".join(rest for _, rest in lines))
+            for i, row in enumerate(rows, 1):
+                yield i / len(rows), row
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = ValueError(f"not JSON: {error}")  # for --skip_bad; the file may go on
+            yield share, row
 
 
-def csv_rows(blocks):
-    """Yield (share, rows) of a .csv."""
+def csv_rows(lines):
+    """Yield (share, row) of a .csv, of which a row may go over several lines."""
     share = 0.0
 
-    def lines():
+    def texts():
         nonlocal share
-        for end, block in blocks:
-            begin = share
-            done = 0
-            for line in io.StringIO(block):
-                done += len(line)
-                share = begin + (end - begin) * done / len(block)
-                yield line
+        for share, line in lines:  # noqa: B007
+            yield line
 
     csv.field_size_limit(1 << 30)
-    for row in csv.DictReader(lines(), strict=True):
-        yield share, [row]
+    for row in csv.DictReader(texts(), strict=True):
+        yield share, row
 
 
 def parquet_rows(path, source):
-    """Yield (share, rows) of a .parquet, of which only the columns with text are read."""
+    """Yield (share, row) of a .parquet, of which only the columns with text are read."""
     table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
-    columns = (source.fields or "text").split(",")
+    columns = source.fields.split(",")
     if not set(columns) <= set(table.schema_arrow.names):
-        columns = None  # all, so that the message can name those that are there
+        columns = None  # all: the usual fields are looked for, or a message names those there are
     done = 0
     for batch in table.iter_batches(16, columns=columns):  # few at a time: a row may be long
-        done += len(batch)
-        yield done / table.metadata.num_rows, batch.to_pylist()
+        for row in batch.to_pylist():
+            done += 1
+            yield done / table.metadata.num_rows, row
 
 
 # ==== Fields: a row -> its text, of which some may be answers =====================================
 
 
 def row_parts(row, source):
-    """A row's text as [(text, whether it is an answer), ...]. ValueError: a bad row."""
+    """A row's text as [(text, 1 for an answer), ...]. ValueError: a bad row."""
     if isinstance(row, ValueError):
         raise row
-    if isinstance(row, str):
-        return [(row, False)]
+    if isinstance(row, str) and source.role not in ASKED:
+        return [(row, 0)]
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, no row with fields")
-    fields = source.fields or "text"
-    if not source.fields and source.role in ("questions", "sft"):
-        there = [usual for usual in USUAL.split() if set(usual.split(",")) <= set(row)]
-        fields = [*there, "question,answer"][0]
-    first, *others = fields.split(",")
-    if not others and isinstance(row.get(first), list):
-        return chat(row[first])
-    question = plain_text(row, first)
-    if len(others) == 2 and row.get(others[0]):  # an instruction's input, if it has one
-        question += f"\n{plain_text(row, others[0])}"
-    answer = plain_text(row, others[-1]) if others else ""
+    names = (source.fields or usual_fields(row)).split(",")
+    if len(names) == 1 and isinstance(row.get(names[0]), list) and source.role != "questions":
+        return chat(row[names[0]])
+    if len(names) == 3 and not row.get(names[1]):
+        del names[1]  # an instruction without input
+    texts = [plain_text(row, name) for name in names]
+    answer = texts.pop() if len(texts) > 1 else ""
+    question = "\n".join(texts)
     if source.role == "questions":
-        return [(question.strip(), False), (answer.strip(), True)]
-    if source.role == "sft" and not others:
+        return [(question.strip(), 0), (answer.strip(), 1)]
+    if len(names) > 1:
+        return question_parts(question, "", f" {answer}")
+    if source.role == "sft":
         raise ValueError("--sft takes PATH::QUESTION,ANSWER or a chat")
-    if not others:
-        return [(question, False)]
-    return [(f"Question: {question}\nAnswer:", False), (f" {answer}", True)]
+    return [(question, 0)]
+
+
+def usual_fields(row):
+    """What --questions and --sft read where no PATH::FIELDS is given."""
+    for fields in USUAL.split():
+        if set(fields.split(",")) <= set(row):
+            return fields
+    return "question,answer"
+
+
+def question_parts(question, answer, marked=""):
+    """The parts of a question with its answer, of which `marked`, the end, has label 1."""
+    return [(f"Question: {question}\nAnswer:{answer}", 0), (marked, 1)]
 
 
 def plain_text(row, name):
@@ -460,12 +491,12 @@ def chat(turns):
             said = {turn["from"]: turn.get("value")}
         for role, content in said.items():
             if isinstance(content, list):  # of texts, pictures, ...: the texts
-                texts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(filter(None, texts))
+                texts = [part.get("text") or "" for part in content if isinstance(part, dict)]
+                content = "".join(texts)
             # null is an empty turn, as where a tool is called
             text = plain_text({role: content or ""}, role)
             line_start = "\n" if parts else ""
-            parts += [(f"{line_start}{role}:", False), (f" {text}", role in ANSWERERS)]
+            parts += [(f"{line_start}{role}:", 0), (f" {text}", int(role in ANSWERERS))]
     return parts
 
 
@@ -507,45 +538,45 @@ def without_questions(documents, grams):
 # ==== Splits: what is held out ====================================================================
 
 
-class HeldOut:
-    """Holds out the n documents of the smallest digests, but no more than a tenth of all.
+def hold_out(documents, n, salt, avoid):
+    """Hold out the n documents of the smallest digests, but no more than a tenth of all.
+
+    Returns {digest: Document}, which is right when the second, an iterator over the documents that
+    are not held out, has ended; some of these come later than they came.
 
     So it depends on the texts alone which are held, they are drawn over all of the stream, and a
     copy of a document falls on its side. Copies of `avoid` and of what is held are dropped.
     """
 
-    def __init__(self, n, salt, avoid):
-        self.n = n
-        self.salt = salt.encode()
-        self.avoid = {self.digest(document.text) for document in avoid}
-        self.documents = {}  # {digest: Document}
-
-    def digest(self, text):
+    def digest_of(document):
         """32 bytes: a number from 0 to 1, so to speak. White space does not count."""
-        letters = text.encode().translate(None, string.whitespace.encode())
-        return hashlib.sha256(self.salt + letters).digest()
+        letters = document.text.encode().translate(None, string.whitespace.encode())
+        return hashlib.sha256(salt.encode() + letters).digest()
 
-    def rest(self, documents):
-        """Yield the documents that are not held out, some later than they came."""
-        held = self.documents
-        tenth = bytes([26])  # of all digests a tenth is smaller
+    held = {}
+    avoided = set(map(digest_of, avoid))
+    tenth = bytes([26])  # of all digests a tenth is smaller
+
+    def rest():
         n_rest = 0
         for document in documents:
-            digest = self.digest(document.text)
-            if digest in held or digest in self.avoid:
+            digest = digest_of(document)
+            if digest in held or digest in avoided:
                 document.source.counts["duplicates"] += 1
                 continue
             # What leaves is larger than all that stay, so a copy of it leaves too.
             held[digest] = document
             largest = max(held)
-            if len(held) > self.n or (len(held) > 1 and largest > tenth):
+            if len(held) > n or (len(held) > 1 and largest > tenth):
                 n_rest += 1
                 yield held.pop(largest)
         if held and not n_rest:  # of the only document the end is held out
-            (document,) = held.values()
-            cut = len(document.text) * 9 // 10
-            held[digest] = replace(document, text=document.text[cut:])
-            yield replace(document, text=document.text[:cut])
+            text = held[largest].text
+            cut = len(text) * 9 // 10
+            yield replace(held[largest], text=text[:cut])
+            held[largest] = replace(held[largest], text=text[cut:])
+
+    return held, rest()
 
 
 # ==== Writing: documents -> tokens on disk ========================================================
@@ -565,100 +596,80 @@ def batches(documents):
     yield batch
 
 
-def tokenize(documents, tokenizer, meta, max_tokens=math.inf):
-    """Yield the tokens of each document as an array, up to max_tokens in all."""
-    tokens = 0
+def tokenize(documents, tokenizer, dtype):
+    """Yield the tokens of each document as an array."""
     for batch in batches(documents):
         encoded = tokenizer.encode_batch([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
-            ids = np.concatenate([tokenizer.document_start, ids]).astype(meta["dtype"])
-            document.source.counts["documents"] += 1
-            document.source.counts["tokens"] += len(ids)
-            tokens += len(ids)
-            yield ids
-            if tokens >= max_tokens:
-                return
+            tokens = np.array([*tokenizer.document_start, *ids], dtype)
+            document.source.counts.update(documents=1, tokens=len(tokens))
+            yield tokens
 
 
-def write_split(work, split, arrays, meta):
-    """Write the tokens of documents one after another, and count them in meta."""
-    tokens = 0
-    documents = 0
-    with whole_file(Path(work, f"{split}.bin")) as file:
-        for ids in tqdm(arrays, split, unit=" documents", disable=None):
-            file.write(ids)
-            tokens += len(ids)
-            documents += 1
-    meta["tokens"][split] = tokens
-    meta["documents"][split] = documents
+def write_split(work, split, arrays, meta, max_tokens=math.inf):
+    """Write the tokens of documents one after another, up to max_tokens, and count them in meta."""
+    with whole_file(work / f"{split}.bin") as file:
+        for tokens in tqdm(arrays, split, unit=" documents", disable=None):
+            file.write(tokens)
+            meta["tokens"][split] += len(tokens)
+            meta["documents"][split] += 1
+            if meta["tokens"][split] >= max_tokens:
+                break
 
 
-def answer_mask(parts, tokenizer):
-    """The tokens of a document, and for each whether it belongs to an answer."""
-    start = tokenizer.document_start
+def labelled_tokens(parts, tokenizer):
+    """[(text, label), ...], the parts of a document -> its tokens, and the label of each."""
     text = ""
     tokens = []
-    mask = []
-    for part, is_answer in parts:
+    labels = []
+    for part, label in parts:
         # The text so far is tokenized whole, since tokens may span the seams; a token that grew
         # belongs to the later part.
         text += part
         longer = tokenizer.encode(text)
-        same = 0
-        while same < len(tokens) and tokens[same] == longer[same]:
-            same += 1
-        mask = mask[:same] + [is_answer] * (len(longer) - same)
+        same = len(os.path.commonprefix([tokens, longer]))
+        labels = labels[:same] + [label] * (len(longer) - same)
         tokens = longer
-    return np.array([*start, *tokens]), np.array([*[False] * len(start), *mask])
+    start = tokenizer.document_start
+    return [*start, *tokens], [0] * len(start) + labels
 
 
 def write_answers(work, documents, tokenizer, meta):
     """sft.bin and sft_mask.bin. The end-of-text that ends an answer is part of it."""
-    pairs = []
-    for document in documents:
-        pairs.append(answer_mask(document.parts, tokenizer))
-        document.source.counts["documents"] += 1
-        document.source.counts["tokens"] += len(pairs[-1][0])
-    tokens = np.concatenate([tokens for tokens, _ in pairs] + [[tokenizer.eot]])
-    mask = np.concatenate([mask for _, mask in pairs] + [[False]])
-    ends = np.flatnonzero(tokens == tokenizer.eot)[1:]
-    mask[ends] = mask[ends - 1]
-    for name, array in (("sft", tokens.astype(meta["dtype"])), ("sft_mask", mask.astype(np.uint8))):
-        with whole_file(work / f"{name}.bin") as file:
-            file.write(array)
-    meta["tokens"]["sft"] = len(tokens)
-    meta["documents"]["sft"] = len(pairs)
+    mask = bytearray(1)
+    with whole_file(work / "sft.bin") as file:
+        for document in documents:
+            tokens, is_answer = labelled_tokens(document.parts, tokenizer)
+            file.write(np.array(tokens, meta["dtype"]))
+            mask += bytes([*is_answer[1:], is_answer[-1]])
+            document.source.counts.update(documents=1, tokens=len(tokens))
+            meta["documents"]["sft"] += 1
+        file.write(np.array([tokenizer.eot], meta["dtype"]))
+    with whole_file(work / "sft_mask.bin") as file:
+        file.write(mask)
+    meta["tokens"]["sft"] = len(mask)
 
 
 # ==== Mixing: clean text in the corpus, its plainest use ==========================================
 
 
 def read_documents(path, meta):
-    """Yield the documents of a stream as arrays, each with end-of-text in front."""
+    """The documents of a stream as arrays, each with end-of-text in front."""
     tokens = np.memmap(path, meta["dtype"], "r")
-    start = 0
-    for i in range(0, len(tokens), BATCH):
-        for end in i + np.flatnonzero(tokens[i : i + BATCH] == meta["tokenizer"]["eot"]):
-            if end > 0:
-                yield tokens[start:end]
-            start = end
-    yield tokens[start:]
+    return np.split(tokens, np.flatnonzero(tokens == meta["tokenizer"]["eot"])[1:])
 
 
 def mixed_documents(work, meta, share):
     """Yield train's documents in their order and, all along, ref's between them, so that `share`
     of the tokens are clean: the first ones again when all are used."""
-    clean = iter(())
+    clean = cycle(read_documents(work / "ref.bin", meta))
     n_corpus = 0
     n_clean = 0
     for document in read_documents(work / "train.bin", meta):
         yield document
         n_corpus += len(document)
         while n_clean < share * (n_clean + n_corpus):
-            extra = next(clean, None)
-            if extra is None:
-                clean = read_documents(work / "ref.bin", meta)
-                extra = next(clean)
+            extra = next(clean)
             yield extra
             n_clean += len(extra)
 
@@ -726,12 +737,12 @@ def load_meta(folder):
     the size or, below 1 GiB, the sha256 that meta.json says."""
     path = Path(folder, "meta.json")
     if not path.is_file():
-        why = "is no folder" if Path(folder).is_file() else "has no meta.json"
-        sys.exit(f"{folder} {why}: python prepare_data.py --out FOLDER writes one (see its -h)")
-    command = "python prepare_data.py"
-    try:
+        sys.exit(f"{path} is missing: python prepare_data.py --out FOLDER writes one (see its -h)")
+    damaged = f"{folder} is damaged, or of a run that was killed"
+    with one_line(damaged, "Run: python prepare_data.py, with its flags"):
         meta = json.loads(path.read_bytes())
-        command = meta.get("command", command)
+        command = meta["command"]
+    with one_line(damaged, f"Run: {command}"):
         if not 0 <= meta["tokenizer"]["eot"] < meta["tokenizer"]["n_vocab"]:
             raise ValueError("tokenizer")
         for split in {*SPLITS, *meta["tokens"]}:
@@ -742,9 +753,6 @@ def load_meta(folder):
             path = Path(folder, name)
             if path.stat().st_size < 1 << 30 and file_digest(path) != digest:
                 raise ValueError(f"{name} has changed")
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        why = f"damaged, or of a run that was killed ({type(error).__name__}: {error})"
-        sys.exit(f"{folder} is {why}. Run: {command}")
     return meta
 
 
@@ -757,7 +765,6 @@ class Tokenizer:
     """tiktoken's. Encoding adds no token, and the text of a special token stays text."""
 
     def __init__(self, spec, bpe, known):
-        self.spec = spec
         self.bpe = bpe
         self.known = set(known)  # ids that stand for something
         self.n_vocab = spec["n_vocab"]
@@ -771,14 +778,11 @@ class Tokenizer:
         return self.bpe.encode_ordinary(text)
 
     def encode_batch(self, texts):
-        """The ids of each text, on all cores, as tiktoken lets go of Python's lock."""
-        encode = partial(self.bpe.encode_to_numpy, disallowed_special=())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(encode, texts))
+        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
-    def decode(self, ids):
+    def decode(self, ids, **options):
         """The text of ids; those that stand for nothing are passed over."""
-        return self.bpe.decode([int(token) for token in ids if int(token) in self.known])
+        return self.bpe.decode([int(token) for token in ids if int(token) in self.known], **options)
 
 
 class FileTokenizer(Tokenizer):
@@ -792,36 +796,35 @@ class FileTokenizer(Tokenizer):
         return [item.ids for item in encoded]
 
     def decode(self, ids):
-        known = [int(token) for token in ids if int(token) in self.known]
-        return self.bpe.decode(known, skip_special_tokens=False)
+        return super().decode(ids, skip_special_tokens=False)
 
 
 def get_tokenizer(spec):
     """meta["tokenizer"] -> a Tokenizer."""
     name = spec["name"]
-    if "json" in spec:
-        bpe = read_tokenizer_json(spec["json"], name)
-        bpe.encode_special_tokens = True  # as the text that they are
-        bpe.no_truncation()
-        bpe.no_padding()
-        return FileTokenizer(spec, bpe, bpe.get_vocab().values())
-    with one_line(f"tokenizer {name}", "No network? Set TIKTOKEN_CACHE_DIR"):
-        if "ranks" not in spec:
-            bpe = tiktoken.get_encoding(name)
-        else:
+    remedy = "No network? Set TIKTOKEN_CACHE_DIR. A tokenizer.json needs: pip install tokenizers"
+    with one_line(f"tokenizer {name}", remedy):
+        if "json" in spec:
+            bpe = parse_tokenizer(spec["json"])
+            bpe.encode_special_tokens = True  # as the text that they are
+            bpe.no_truncation()
+            bpe.no_padding()
+            return FileTokenizer(spec, bpe, bpe.get_vocab().values())
+        if "ranks" in spec:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             special = {"<|endoftext|>": spec["eot"]}
             settings = {"mergeable_ranks": ranks, "special_tokens": special}
             bpe = tiktoken.Encoding(name, pat_str=spec["pat_str"], **settings)
+        else:
+            bpe = tiktoken.get_encoding(name)
         known = {*bpe._mergeable_ranks.values(), *bpe._special_tokens.values()}
         return Tokenizer(spec, bpe, known)
 
 
-def read_tokenizer_json(text, name):
-    with one_line(f"tokenizer {name}", "Is the file whole? It needs: pip install tokenizers"):
-        import tokenizers
+def parse_tokenizer(text):
+    import tokenizers  # not everybody needs it
 
-        return tokenizers.Tokenizer.from_str(text)
+    return tokenizers.Tokenizer.from_str(text)
 
 
 def tokenizer_spec(name):
@@ -833,7 +836,7 @@ def tokenizer_spec(name):
         path = path / "tokenizer.json"
     if path.is_file():
         config = path.with_name("tokenizer_config.json")
-        with one_line(path, "Fetch it again"):
+        with one_line(path, "Damaged? Fetch it again. It needs: pip install tokenizers"):
             named = json.loads(config.read_bytes()) if config.exists() else {}
             return file_spec(path.read_text("utf-8"), path.parent.name, named.get("eos_token"))
     names = tiktoken.list_encoding_names()
@@ -846,7 +849,7 @@ def tokenizer_spec(name):
 
 def file_spec(text, name, eos=None):
     """The spec of a tokenizer.json. eos: end-of-sequence, as tokenizer_config.json names it."""
-    bpe = read_tokenizer_json(text, name)
+    bpe = parse_tokenizer(text)
     vocabulary = bpe.get_vocab()
     # What the model's own tokenizer puts in front: a start token, or nothing.
     a_text = bpe.encode("a")
@@ -882,6 +885,7 @@ def train_tokenizer(size, texts):
 # web-like pages in which such problems hide, with the dirt of real crawls: wrong worked answers,
 # chatter, articles (they can be learned, so they cost capacity), page furniture, random strings.
 KINDS = ("target", "wrong", "chatter", "article", "furniture", "noise")
+VOCAB = 768
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # a digit is a token of its own
 NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam".split()
 THINGS = "apples books cards coins eggs flowers marbles pens plums shells stamps toys".split()
@@ -921,8 +925,8 @@ def problem(rng, wrong=False):
     question = rng.choice(STARTS).format(a=value, **fill)
     n_steps = rng.choice((1, 1, 1, 2, 2, 3))
     slip = rng.randrange(n_steps) if wrong else n_steps
-    worked = ""
-    n_right = None  # characters of it up to the slip
+    worked = ["", ""]  # up to the slip, and from there on
+    has_slipped = 0
     for i in range(n_steps):
         ways = {"+": rng.randint(1, 20), "-": rng.randint(1, min(20, max(1, right - 1)))}
         if right <= 20:
@@ -932,17 +936,17 @@ def problem(rng, wrong=False):
             ways["/"] = rng.choice(parts)
         sign, b = rng.choice([*ways.items()])
         question += " " + rng.choice(VERBS[sign]).format(b=b, **fill)
-        worked += f" {value}{sign}{b}=<<{value}{sign}{b}="
+        worked[has_slipped] += f" {value}{sign}{b}=<<{value}{sign}{b}="
         right = APPLY[sign](right, b)
         if i == slip:
-            n_right = len(worked)
+            has_slipped = 1
             value = a_slip(rng, value, sign, b)
         else:
             value = APPLY[sign](value, b)
-        worked += f"{value}>>{value}."
-    worked += f"\n#### {value}\n"
+        worked[has_slipped] += f"{value}>>{value}."
+    worked[has_slipped] += f"\n#### {value}\n"
     question += " " + rng.choice(ASKS).format(**fill)
-    return question, worked[:n_right], worked[n_right:] if wrong else ""
+    return question, *worked
 
 
 def fresh_problem(rng, held, wrong=0):
@@ -951,11 +955,6 @@ def fresh_problem(rng, held, wrong=0):
         made = problem(rng, rng.random() < wrong)
         if made[0] not in held:
             return made
-
-
-def problem_text(question, worked, rest=""):
-    """[(text, kind), ...] of a problem."""
-    return [(f"Question: {question}\nAnswer:{worked}", 0), (rest, 1)]
 
 
 def dirt(rng, towns):
@@ -975,11 +974,12 @@ def dirt(rng, towns):
 
 def make_town(rng):
     """What an article can say of a town, in sentences."""
-    town = "".join(rng.choices(SYLLABLES, k=3)).capitalize()
-    river = "".join(rng.choices(SYLLABLES, k=2)).capitalize()
-    craft = rng.choice(CRAFTS)
-    year = rng.randint(1100, 1950)
-    return FACTS.format(town=town, river=river, craft=craft, year=year).split("|")
+
+    def name(syllables):
+        return "".join(rng.choices(SYLLABLES, k=syllables)).capitalize()
+
+    known = {"town": name(3), "river": name(2), "craft": rng.choice(CRAFTS)}
+    return FACTS.format(year=rng.randint(1100, 1950), **known).split("|")
 
 
 def pages(rng, held, towns, wrong, dirty):
@@ -987,46 +987,23 @@ def pages(rng, held, towns, wrong, dirty):
     while True:
         page = [(" | ".join(rng.sample(MENU, 6)) + "\n", 4)]
         for _ in range(rng.randint(2, 4)):
-            page += problem_text(*fresh_problem(rng, held, wrong))
+            page += question_parts(*fresh_problem(rng, held, wrong))
             page += [dirt(rng, towns) for _ in range(dirty)]
         yield page
 
 
-def demo_spec(documents, vocab):
+def demo_spec(documents):
     """The spec of a tokenizer of the bytes, so that any text has tokens, and of frequent words."""
     text = "".join(text for text, _ in chain(*documents))
     words = Counter(word for word in regex.findall(PATTERN, text) if len(word) > 1)
     ranks = [bytes([byte]) for byte in range(256)]
-    ranks += [word.encode() for word, _ in words.most_common(vocab - 257)]
+    ranks += [word.encode() for word, _ in words.most_common(VOCAB - 257)]
     ranks = [base64.b64encode(token).decode() for token in ranks]
-    return {"name": "demo", "n_vocab": vocab, "eot": vocab - 1, "pat_str": PATTERN, "ranks": ranks}
+    shape = {"n_vocab": VOCAB, "eot": VOCAB - 1, "pat_str": PATTERN}
+    return {"name": "demo", **shape, "ranks": ranks}
 
 
-def demo_tokens(documents, tokenizer, limit):
-    """Yield the tokens of each [(text, kind), ...] and their kinds, up to `limit` tokens in all."""
-    n = 0
-    for document in documents:
-        tokens = [tokenizer.eot]
-        kinds = [0]
-        for text, kind in document:
-            ids = tokenizer.encode(text)
-            tokens += ids
-            kinds += [kind] * len(ids)
-        yield np.array(tokens, np.uint16), np.array(kinds, np.uint8)
-        n += len(tokens)
-        if n >= limit:
-            return
-
-
-def demo_pair(question, worked, _):
-    """A Document for fine-tuning."""
-    parts = [(f"Question: {question}\nAnswer:", False), (worked, True)]
-    return Document("", parts, Source("sft", "demo"))
-
-
-def prepare_demo(
-    folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, dirty=1, mix=0.6, vocab=768
-):
+def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, dirty=1, mix=0.6):
     """Write the demo: n_ref clean problems, pages of n_train tokens, 500 held-out questions.
 
     wrong: share of the pages' problems whose worked answer is wrong. dirty: pieces of dirt beside
@@ -1038,29 +1015,40 @@ def prepare_demo(
         question, worked, _ = problem(rng)
         held[question] = worked
     towns = [make_town(rng) for _ in range(400)]
-    clean = [problem_text(*fresh_problem(rng, held)) for _ in range(n_ref)]
+    clean = [question_parts(*fresh_problem(rng, held)) for _ in range(n_ref)]
     # The tokenizer sees pages as they are by default, so that it does not depend on the knobs.
     usual_pages = pages(random.Random(seed + 1), held, towns, 0.75, 1)
-    spec = demo_spec([*clean[:1500], *islice(usual_pages, 300)], vocab)
+    spec = demo_spec([*clean[:1500], *islice(usual_pages, 300)])
     tokenizer = get_tokenizer(spec)
     corpus = pages(random.Random(seed + 2), held, towns, wrong, dirty)
-    splits = {  # val_corpus goes on where train ends
-        "ref": (clean, math.inf),
-        "train": (corpus, n_train),
-        "val": ([problem_text(*item) for item in held.items()], math.inf),
-        "val_corpus": (corpus, n_train // 40),
-    }
     rng = random.Random(seed + 3)
-    pairs = [demo_pair(*fresh_problem(rng, held)) for _ in range(1000)]
+    pairs = []
+    for _ in range(1000):
+        question, worked, _ = fresh_problem(rng, held)
+        parts = question_parts(question, "", worked)
+        pairs.append(Document("", parts, Source("sft", "demo")))
     command = f"python prepare_data.py --seed {seed} --n_ref {n_ref} --max_tokens {n_train}"
     command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {folder}"
     meta = {**new_meta(spec, seed, command), "kinds": KINDS}
+    all_kinds = {}
     with new_folder(folder) as work:
-        all_kinds = {}
-        for split, (documents, limit) in splits.items():
-            tokens, kinds = zip(*demo_tokens(documents, tokenizer, limit), strict=True)
-            write_split(work, split, tokens, meta)
-            all_kinds[split] = np.concatenate(kinds)
+
+        def write(split, documents, max_tokens=math.inf):
+            kinds = []
+
+            def arrays():
+                for parts in documents:
+                    tokens, labels = labelled_tokens(parts, tokenizer)
+                    kinds.extend(labels)
+                    yield np.array(tokens, meta["dtype"])
+
+            write_split(work, split, arrays(), meta, max_tokens)
+            all_kinds[split] = np.array(kinds, np.uint8)
+
+        write("ref", clean)
+        write("train", corpus, n_train)
+        write("val", [question_parts(*item) for item in held.items()])
+        write("val_corpus", corpus, n_train // 40)  # goes on where train ends
         with whole_file(work / "kinds.npz") as file:
             np.savez(file, **all_kinds)
         if mix:
@@ -1134,55 +1122,51 @@ def file_digest(path):
 # ==== The command line ============================================================================
 
 
-USAGE = "python prepare_data.py [--FLAG VALUE ...]; -h lists all flags"
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    usage = "python prepare_data.py [--FLAG VALUE ...]; -h lists all flags"
     raw = RawDescriptionHelpFormatter
-    parser = ArgumentParser("prepare_data.py", USAGE, __doc__, formatter_class=raw)
+    parser = ArgumentParser("prepare_data.py", usage, __doc__, formatter_class=raw)
     add = parser.add_argument
-    paths = {"nargs": "+", "metavar": "PATH", "default": []}
-    add("--reference", **paths, help="clean text: the target")
-    add("--corpus", **paths, help="the noisy text")
-    add("--val", **paths, help="held-out target text; otherwise it is split off the reference")
-    add("--sft", **paths, help="questions with answers, or chats, to fine-tune on the answers")
-    add("--questions", **paths, help="evaluation questions, to be kept out of all text")
+    for role, text in ROLES.items():
+        add(f"--{role}", nargs="+", metavar="PATH", default=[], help=text)
     add("--recipe", choices=["math", "general"], help="the paper's sets from the hub, not PATHs")
     add("--out", help="folder to write (default: data/RECIPE, data/mine or data/demo)")
-    names = "a name in tiktoken, a folder with tokenizer.json, FOLDER/meta.json for the same, or "
-    add("--tokenizer", default="gpt2", help=f"{names}4096: a new one of so many tokens")
-    add("--max_tokens", type=float, help="of the corpus; 1e9 is a number (demo: 3.2e6)")
-    add("--val_docs", type=int, default=500, help="documents split off, at most")
     add("--mix", type=float, help="write mixed.bin with this share of clean tokens (demo: 0.6)")
     add("--skip_bad", action="store_true", help="skip and count rows that cannot be read")
-    add("--seed", type=int, default=1337, help="of the splits, and of the demo")
-    add("--n_ref", type=int, default=5000, help="demo: clean problems for the reference")
-    add("--wrong", type=float, default=0.75, help="demo: share of wrong answers on the pages")
-    add("--dirty", type=int, default=1, help="demo: pieces of dirt beside each problem")
+
+    def flag(name, default, text):
+        add(f"--{name}", type=type(default), default=default, help=text)
+
+    names = "a name in tiktoken, a folder with tokenizer.json, FOLDER/meta.json for the same, or "
+    flag("tokenizer", "gpt2", f"{names}4096: a new one of so many tokens")
+    flag("max_tokens", math.inf, "of the corpus; 1e9 is a number (demo: 3.2e6)")
+    flag("val_docs", 500, "documents split off, at most")
+    flag("seed", 1337, "of the splits, and of the demo")
+    flag("n_ref", 5000, "demo: clean problems for the reference")
+    flag("wrong", 0.75, "demo: share of wrong answers on the pages")
+    flag("dirty", 1, "demo: pieces of dirt beside each problem")
     args = parser.parse_args(argv)
 
-    is_demo = not any(getattr(args, role) for role in ROLES) and not args.recipe
-    if args.max_tokens is None:
-        args.max_tokens = 3.2e6 if is_demo else math.inf
+    own_text = any(getattr(args, role) for role in ROLES)
+    name = args.recipe or ("mine" if own_text else "demo")
+    args.out = args.out or f"data/{name}"
     if args.mix is None:
-        args.mix = 0.6 if is_demo else 0
+        args.mix = 0.6 if name == "demo" else 0
     # Comparisons with nan are false.
-    if not (args.max_tokens >= 1 and args.val_docs >= 1):
-        parser.error("--max_tokens and --val_docs are at least 1")
+    if not (args.max_tokens >= 1 and args.val_docs >= 1 and args.n_ref >= 1):
+        parser.error("--max_tokens, --val_docs and --n_ref are at least 1")
     if not (0 <= args.mix < 1 and 0 <= args.wrong <= 1):
         parser.error("--mix is from 0 to less than 1, --wrong from 0 to 1")
-    n_own = bool(args.reference) + bool(args.corpus)
-    if not is_demo and n_own != (0 if args.recipe else 2):
+    if bool(args.reference) + bool(args.corpus) != (2 if name == "mine" else 0):
         parser.error("text is --reference PATH with --corpus PATH, or else --recipe NAME")
-    args.out = args.out or f"data/{args.recipe or ('demo' if is_demo else 'mine')}"
-    if is_demo:
-        numbers = (args.seed, args.n_ref, int(args.max_tokens), args.wrong, args.dirty, args.mix)
-        prepare_demo(args.out, *numbers)
+    if name == "demo":
+        n_train = 3_200_000 if math.isinf(args.max_tokens) else int(args.max_tokens)
+        prepare_demo(args.out, args.seed, args.n_ref, n_train, args.wrong, args.dirty, args.mix)
     else:
         sources = find_sources(args)
         prepare_text(args, sources, " ".join(["python prepare_data.py", *argv]))
-        print(*chain(*sources.values()), sep="\n")
+        print(*sources, sep="\n")
     print(f"{args.out} is written")
 
 

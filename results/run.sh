@@ -37,17 +37,14 @@ setup() {
 
 # What does selection do, and what does the same clean text do otherwise?
 main() {
-    rho . --stage ref --ref_tokens 9e5 $NEW --evals 3
-    rho . --stage clm --tokens 2e6 $NEW --evals 20
-    rho . --stage slm --tokens 2e6 $NEW --evals 20
+    fresh
     rho . --stage slm --select random --tokens 2e6 $NEW --evals 10
-    rho . --stage slm --name started --init "$(ref)" --tokens 2e6 $STARTED --evals 10
     # As many tokens as SLM and its reference read together.
     rho . --stage clm --corpus mixed --tokens 2.9e6 $NEW --evals 10
     rho . --stage ref --name clean --ref_tokens 2.9e6 $NEW --evals 10
 }
 
-# Two seeds that nothing was chosen with, run once.
+# These alone were also run, once, on two seeds that nothing was chosen with.
 fresh() {
     rho . --stage ref --ref_tokens 9e5 $NEW --evals 3
     rho . --stage clm --tokens 2e6 $NEW --evals 20
@@ -113,18 +110,14 @@ long() {
     last="--tokens 6e6 $NEW --evals 30"
     rho . --data data/long --stage clm $last --name long-clm
     rho . --data data/long --stage slm $last --name long-slm
-}
-long_d6() {
-    last="--tokens 6e6 $NEW --evals 30"
     rho . --data data/d6 --stage clm $last --name long-d6-clm
-    rho . --data data/d6 --stage slm $last --ratio 0.2 --name long-d6-slm
+    rho . --data data/d6 --stage slm $last --name long-d6-slm --ratio 0.2
 }
 
 # The picture of sweeps: the share kept, the corpus, the reference.
 sweeps() {
     last="--tokens 2e6 $NEW --evals 1"
-    rho . --stage slm $last --ratio 0.35 --name keep-0.35
-    rho . --stage slm $last --ratio 0.65 --name keep-0.65
+    for ratio in 0.35 0.65; do rho . --stage slm $last --ratio $ratio --name keep-$ratio; done
     for corpus in w0 w0.5 w0.9 d0 d3 d6; do
         rho . --data data/$corpus --stage clm $last --name $corpus-clm
         rho . --data data/$corpus --stage slm $last --name $corpus-slm
@@ -134,34 +127,34 @@ references() {
     train="--stage ref $NEW --evals 1"
     rho . $train --ref_tokens 3e5 --name ref-short
     rho . $train --ref_tokens 9e5 --name ref-small --n_layer 2 --n_embd 64 --n_inner 192 --n_head 2
-    rho . $train --ref_tokens 9e5 --name ref-0.3x --data data/ref-0.3x
-    rho . $train --ref_tokens 9e5 --name ref-3x --data data/ref-3x
-    for name in ref-short ref-small ref-0.3x ref-3x; do
-        slm="--stage slm --name slm-$name --reference out/seed$seed/$name.pt"
+    for amount in 0.3x 3x; do
+        rho . $train --ref_tokens 9e5 --name ref-$amount --data data/ref-$amount
+    done
+    for name in short small 0.3x 3x; do
+        slm="--stage slm --name slm-ref-$name --reference out/seed$seed/ref-$name.pt"
         rho . $slm --tokens 2e6 $NEW --evals 1
     done
 }
 
-# Real text: mathematics as it is found, an eighth of it GSM8K's training problems, after a base model
+# Real text: mathematics as it is found, a seventh of it GSM8K's training problems, after a base model
 # of other text. The target are problems of GSM8K that are in neither; asked are MAWPS's easiest.
-real_data() {
+real_base() {
+    gsm8k=$PACK/reference/gsm8k_train_text.jsonl
     mkdir -p data/src
-    sed -n '1,500p' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/dev.jsonl
-    awk 'NR > 500 && NR % 2 == 1' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/clean.jsonl
-    awk 'NR > 500 && NR % 2 == 0' "$PACK/reference/gsm8k_train_text.jsonl" > data/src/hidden.jsonl
+    sed -n '1,500p' "$gsm8k" > data/src/dev.jsonl
+    awk 'NR > 500 && NR % 2 == 1' "$gsm8k" > data/src/clean.jsonl
+    awk 'NR > 500 && NR % 2 == 0' "$gsm8k" > data/src/hidden.jsonl
     awk 'NR % 4 == 1' "$PACK/reference/math_train_text.jsonl" > data/src/math.jsonl
     sed 's/"input"/"question"/; s/"target"/"answer"/' \
         "$PACK/eval/math-evaluation-harness/data/mawps/singleop.jsonl" > data/src/questions.jsonl
     make="python prepare_data.py --max_tokens 4e6 --reference data/src/clean.jsonl data/src/math.jsonl"
     make="$make --val data/src/dev.jsonl --questions data/src/questions.jsonl"
-    text="$PACK/corpus"
+    text=$PACK/corpus
     $make --tokenizer 4096 --out data/real --corpus data/src/hidden.jsonl:6 \
         "$text"/{openstax_math,planetmath,mathbooks_bysa,mathbooks_gfdl,stackmathqa}.jsonl
-    $make --tokenizer data/real/meta.json --out data/base --corpus \
-        "$text"/{openstax_other,techdocs}.jsonl
-    cp data/src/questions.jsonl data/real
-}
-real_base() {
+    $make --tokenizer data/real/meta.json --out data/base \
+        --corpus "$text"/{openstax_other,techdocs}.jsonl
+
     shape="--n_layer 4 --n_head 3 --n_embd 192 --n_inner 512 --block_size 256"
     python rho.py --data data/base --out out/real --stage clm --name base --seed 1 $shape \
         --lr 2e-3 --tokens 2.4e6 --evals 1 --questions 0
@@ -191,15 +184,18 @@ if [ $# -eq 2 ]; then
     $1
     exit
 fi
+# Each line needs what lines before it, not the last one, have made.
+jobs() {
+    for seed in 1 2 3; do echo main $seed; done
+    echo rates 1; echo main 4; echo main 5
+    echo dirtier_rates 1; echo long 1; echo sweeps 1; echo references 1
+    for seed in 1 2 3; do echo rules $seed; echo dirtier $seed; done
+    for seed in 6 7; do echo fresh $seed; done
+}
 bash "$0" setup 0
-# Later lines need what earlier ones made.
-xargs -P 2 -L 1 bash "$0" <<'END'
-main 1
-main 2
-rates 1
-dirtier_rates 1
-main 3
-main 4
-main 5
-END
+jobs | xargs -P 2 -L 1 bash "$0"
+if [ -n "$PACK" ]; then
+    bash "$0" real_base 0
+    for seed in 1 2 3; do echo real $seed; done | xargs -P 2 -L 1 bash "$0"
+fi
 bash "$0" collect 0

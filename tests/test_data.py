@@ -8,6 +8,7 @@ import base64
 import csv
 import errno
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -210,6 +211,9 @@ def test_folders_pass_over_hidden_and_other_files(text):
     meta = run(*text[0][:3], "web")
     assert corpus_of() == sorted(text[2])
     assert meta["sources"][1]["counts"]["files passed over"] == 4
+    for folder in ("web/deep.parquet/", "web/../web"):
+        run(*text[0][:3], folder)
+        assert corpus_of() == sorted(text[2])
 
 
 def test_long_txt_is_cut(text):
@@ -227,6 +231,37 @@ def test_the_only_document_is_on_both_sides(text):
     Path("one.txt").write_text(whole := " ".join(WORDS * 100))
     run(*text[0][:3], "one.txt")
     assert read("train")[0] + read("val_corpus")[0] == whole
+
+
+def test_of_a_few_documents_that_could_all_be_held_out_one_is_not(text):
+    """A tenth of all digests is small, and so may be those of all documents of a small file."""
+    pool = iter(documents(1000, "few"))
+
+    def is_small(row):
+        return hashlib.sha256(b"1337 train" + row.replace(" ", "").encode()).digest() < b"\x1a"
+
+    few = [*itertools.islice(filter(is_small, pool), 3)]
+    run(*text[0][:3], write_jsonl("few.jsonl", few))
+    (cut,) = read("train")
+    kept = [row for row in few if row in read("val_corpus")]
+    assert len(kept) == 2 and len(read("val_corpus")) == 3
+    (whole,) = set(few) - set(kept)
+    assert whole.startswith(cut) and whole.removeprefix(cut) in read("val_corpus")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zst])
+def test_an_archive_of_several_parts_is_read_in_full(text, pack):
+    """As `cat a.gz b.gz` makes it; it is a few kB."""
+    rows = [f"{i} {'packed words ' * 30}" for i in range(6000)]
+    lines = [json.dumps({"text": row}) + "\n" for row in rows]
+    parts = ["".join(lines[:5000]), "".join(lines[5000:5001]), "".join(lines[5001:])]
+    name = {gzip.compress: "gz", lzma.compress: "xz", zst: "zst"}[pack]
+    path = Path(f"web.jsonl.{name}")
+    path.write_bytes(b"".join(pack(part.encode()) for part in parts))
+    assert [row["text"] for row in read_rows(path)] == rows
+    source = prepare_data.Source("corpus", str(path), "text")
+    progress = [item[0] for item in prepare_data.read_files(source, [path])]
+    assert min(np.diff(progress)) > -1e-9 and progress[-1] == pytest.approx(1)
 
 
 # ---- fields and chats ----
@@ -258,6 +293,21 @@ def test_what_is_no_text_is_refused_by_name(text, fields, said):
     row = {"a": "1", "flag": True, "nothing": None, "messages": turns, "tags": ["A", "B"]}
     line = refused(*text[0][:3], write_jsonl("r.jsonl", [row]) + f"::{fields}")
     assert "r.jsonl" in line and said in line and "--skip_bad" not in line
+
+
+@pytest.mark.parametrize("role", ["questions", "sft"])
+def test_questions_and_pairs_without_fields_are_refused(text, role):
+    Path("q.txt").write_text("What is it?")
+    assert "a str, no row with fields" in refused(*text[0], f"--{role}", "q.txt")
+    line = refused(*text[0], f"--{role}", write_jsonl("q.jsonl", ["What?"]))
+    assert "no field question; there are text" in line
+    chat = write_jsonl("q.jsonl", [{"messages": [{"role": "user", "content": "What?"}]}])
+    if role == "questions":
+        assert "messages is list" in refused(*text[0], "--questions", chat)
+    row = {"text": ["no"], "question": [QUESTION], "answer": ["1"]}
+    pyarrow.parquet.write_table(pyarrow.table(row), "q.parquet")
+    meta = run(*text[0], f"--{role}", "q.parquet")
+    assert meta["sources"][-1]["counts"]["rows"] == 1
 
 
 def test_chats_keep_their_roles(text):
@@ -300,9 +350,10 @@ def test_a_token_over_a_seam_belongs_to_the_later_part():
     spec["ranks"] += [base64.b64encode(token).decode() for token in (b"ab", b"abc")]
     tokenizer = get_tokenizer(spec)
     parts = [("x ab", False), ("c", True), (" d", False)]
-    tokens, mask = prepare_data.answer_mask(parts, tokenizer)
+    tokens, labels = prepare_data.labelled_tokens(parts, tokenizer)
     assert tokenizer.decode(tokens[1:]) == "x abc d"
-    assert [tokenizer.decode([token]) for token in tokens[mask]] == ["abc"]
+    learned = [token for token, label in zip(tokens, labels, strict=True) if label]
+    assert tokenizer.decode(learned) == "abc" and len(learned) == 1
 
 
 # ---- splits and the mixture ----
@@ -557,10 +608,12 @@ def test_one_file_twice_is_refused(text):
     Path("link.jsonl").symlink_to("web.jsonl")
     for again in ("web.jsonl", "./web.jsonl", "web.jsonl.gz", "link.jsonl"):
         assert "the same text" in refused(*text[0], again)
+    run(*text[0], "--sft", "web.jsonl::text,text")  # another role may read it too
 
 
 def test_flags_that_make_no_sense_are_named(text, capsys):
-    for flag in "max_tokens=nan max_tokens=0 val_docs=0 wrong=nan mix=1 recipe=math".split():
+    flags = "max_tokens=nan max_tokens=0 val_docs=0 n_ref=0 wrong=nan mix=1 recipe=math"
+    for flag in flags.split():
         with pytest.raises(SystemExit):
             run(*text[0], f"--{flag}")
         assert f"--{flag.split('=')[0]}" in capsys.readouterr().err
@@ -569,6 +622,7 @@ def test_flags_that_make_no_sense_are_named(text, capsys):
             run(*flags)
         assert "--corpus" in capsys.readouterr().err
     assert "weight" in refused(*text[0][:3], "web.jsonl:0")
+    assert "not found" in refused(*text[0][:3], "")
 
 
 # ---- the user's own files, full disks, interruptions ----
@@ -667,6 +721,22 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(text):
         assert run(*text[0])["files"] == old
     assert unfinished > 5 and load_meta("out")["files"] == wanted
     assert sorted(os.listdir(".")) == ["other", "out", "ref.jsonl", "web.jsonl"]
+
+
+def test_what_an_older_run_alone_had_goes_also_after_a_kill(text, monkeypatch):
+    run(*text[0], "--mix", 0.5)
+    plain = os.replace
+
+    def killed(source, target):
+        if Path(target).parent.name == "out" and Path(target).name != "meta.json":
+            raise KeyboardInterrupt
+        plain(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        run(*text[0])
+    run(*text[0])
+    assert "mixed.bin" not in os.listdir("out")
 
 
 def test_a_stopped_run_says_so_and_of_two_writers_one_waits_for_nothing(text, monkeypatch, capsys):
@@ -864,6 +934,14 @@ def test_the_demo_is_what_it_says(tiny_data, capsys):
     pairs = np.fromfile(tiny_data / "sft.bin", meta["dtype"])
     learned = tokenizer.decode(pairs[mask == 1]).split("<|endoftext|>")
     assert len(learned) == 1001 and "Question" not in "".join(learned)
+
+
+def test_the_demo_has_an_end(monkeypatch):
+    monkeypatch.setattr(prepare_data, "prepare_demo", lambda *args: calls.append(args))
+    calls = []
+    prepare_data.main(["--max_tokens", "inf"])
+    prepare_data.main([])
+    assert calls == [("data/demo", 1337, 5000, 3_200_000, 0.75, 1, 0.6)] * 2
 
 
 def test_knobs_of_the_demo():

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from types import SimpleNamespace
 
 import datasets
@@ -112,13 +111,13 @@ SENTENCES = [r"The answer is {}.", r"so \boxed{{{}}}.", "12 or 13?\nAnswer: {}\n
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.integers(-(10**9), 10**9), st.fractions(-1000, 1000, max_denominator=1000))
+@given(st.integers(-(10**9), 10**9), st.fractions(0, 1000, max_denominator=1000))
 def test_any_spelling_of_a_number_is_the_number(n, share):
-    """Against Fraction: each way to write a number is equal to it, and not to its neighbour."""
-    texts = [(text.format(n, 2 * n), Fraction(n)) for text in SPELLINGS.split("; ")]
-    sign = "-" if share < 0 else ""
-    latex = rf"{sign}\frac{{{abs(share.numerator)}}}{{{share.denominator}}}"
-    for text, value in [*texts, (latex, share), (str(share), share)]:
+    """Each way to write a number is equal to it, and not to its neighbour."""
+    texts = [(text.format(n, 2 * n), n) for text in SPELLINGS.split("; ")]
+    latex = rf"\frac{{{share.numerator}}}{{{share.denominator}}}"
+    texts += [(latex, share), (f"-{latex}", -share), (str(share), share)]
+    for text, value in texts:
         assert is_equiv(text, str(value)) and is_equiv(str(value), text), text
         assert not is_equiv(text, str(value + 1), percentage=False), text
         for sentence in SENTENCES:
@@ -144,20 +143,11 @@ def test_what_is_no_number_and_how_near_numbers_are():
 
 # ---- Text of a model is hostile ----
 
-HOSTILE = [
-    *("{" * 10_000, "-" * 299 + "1", "1" * 150 + "/" + "0" * 149, "1" * 100_000, "1e999999999"),
-    *("1 " * 10_000, r"\boxed{" * 10_000, r"\boxed{1}, " * 10_000, r"\boxed" + " " * 100_000),
-    *(
-        r"\text{" * 5_000,
-        "final answer is $" * 10_000,
-        "5 " + "a " * 140,
-        "\ud800",
-        "٣ and ²",
-        "\0",
-    ),
-    *("he answer is" + " :" * 50_000, "<<" * 10_000, "####" * 10_000, "5 " + "of " * 90 + "(x"),
-    *("5 (" + "ab " * 90, "1," * 140 + "=", "x = " * 70, "[(1,2)," * 42),
-]
+HOSTILE = ["{" * 10_000, "-" * 299 + "1", "1" * 150 + "/" + "0" * 149, "1e999999999", "\0"]
+HOSTILE += ["1 " * 10_000, r"\boxed{" * 10_000, r"\boxed{1}, " * 10_000, r"\text{" * 5_000]
+HOSTILE += [r"\boxed" + " " * 100_000, "final answer is $" * 10_000, "5 " + "a " * 140]
+HOSTILE += ["he answer is" + " :" * 50_000, "<<" * 10_000, "####" * 10_000, "\ud800", "٣ and ²"]
+HOSTILE += ["5 " + "of " * 90 + "(x", "5 (" + "ab " * 90, "1," * 140 + "=", "[(1,2)," * 42]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
@@ -205,38 +195,36 @@ def test_without_math_verify_text_and_numbers_still_count(monkeypatch, capsys):
 
 # ---- Prompts and answers ----
 
-BYTES = {"name": "bytes", "n_vocab": 257, "eot": 256, "pat_str": r"[\s\S]"}
-BYTES["ranks"] = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+RANKS = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+BYTES = {"name": "bytes", "n_vocab": 257, "eot": 256, "pat_str": r"[\s\S]", "ranks": RANKS}
 tokenizer = get_tokenizer(BYTES)
-FORMS = {"words": ("Question: ", "\nAnswer:", 8), "math": ("Problem:\n", "\nSolution:", 4)}
-FORMS["choice"] = FORMS["math"]
+FORMS = [("words", "Question: ", "\nAnswer:", 8), ("math", "Problem:\n", "\nSolution:", 4)]
+FORMS += [("choice", "Problem:\n", "\nSolution:", 4)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_prompts_are_the_harness_s_and_their_examples_right(form):
-    head, tail, n = FORMS[form]
+@pytest.mark.parametrize("form, head, tail, n", FORMS)
+def test_prompts_are_the_harness_s_and_their_examples_right(form, head, tail, n):
     question = {"question": "Why?", "prompt": form}
     tokens, kept = make_prompt(tokenizer, question, 8, 10**6)
-    *examples, asked = tokenizer.decode(tokens[1:]).split("\n\n\n")
-    assert tokens[0] == 256 and asked == f"{head}Why?{tail}" and kept == len(examples) == n
+    *examples, last = tokenizer.decode(tokens[1:]).split("\n\n\n")
+    assert tokens[0] == 256 and last == f"{head}Why?{tail}" and kept == len(examples) == n
     for example in examples:
-        assert example.startswith(head) and example.count(tail) == 1
-        answer = example.split(tail)[1]
-        said = answer.rsplit("The answer is ", 1)[1].strip(".$()")
-        assert answer[0] == " " and is_equiv(extract_answer(answer), extract_answer(said) or said)
-        assert form != "choice" or f"\n{eval_math.CHOOSE}\n(A)" in example
+        asked, answer = example.split(tail)
+        assert asked.startswith(head) and answer.startswith(" ") and extract_answer(answer)
+        assert form != "choice" or f"\n{eval_math.CHOOSE}\n(A)" in asked
         for left, right in re.findall(r"(\d[\d. +*/-]*) = (\d+)", answer if form != "math" else ""):
             assert eval(left) == float(right)  # of our own text
-    for room in range(0, len(tokens) + 50, 61):  # examples go from the front, the question stays
-        cut, kept = make_prompt(tokenizer, question, 8, room)
-        assert tokens[-len(cut) + 1 :] == cut[1:] and (len(cut) <= room or kept == 0)
-        assert kept == n or len(make_prompt(tokenizer, question, kept + 1, 10**6)[0]) > room
+    # Examples go from the front, the question stays.
+    assert make_prompt(tokenizer, question, 8, len(tokens)) == (tokens, n)
+    cut, kept = make_prompt(tokenizer, question, 8, len(tokens) - 1)
+    assert kept == n - 1 and tokens[1 - len(cut) :] == cut[1:]
+    assert make_prompt(tokenizer, question, 8, 0) == make_prompt(tokenizer, question, 0, 10**6)
 
 
 def writer(replies, block_size=4096, then=" and"):
     """A stub of a model: it answers a question by its reply, and writes `then` for ever after."""
-    model = SimpleNamespace(config=SimpleNamespace(block_size=block_size), replies=replies)
-    return SimpleNamespace(**vars(model), then=then, written=0, eval=lambda: None)
+    config = SimpleNamespace(block_size=block_size)
+    return SimpleNamespace(config=config, replies=replies, then=then, written=0, eval=lambda: None)
 
 
 @pytest.fixture
@@ -245,9 +233,9 @@ def stub(monkeypatch):
         assert max(map(len, prompts)) + new <= model.config.block_size
         answers = []
         for prompt in prompts:
-            asked = tokenizer.decode(prompt[1:]).split("\n\n\n")[-1]
-            asked = re.split("\n(?:Answer|Solution):", asked)[0].split(":", 1)[1].strip()
-            tokens = [*model.replies[asked], *model.then.encode() * new][:new]
+            text = tokenizer.decode(prompt[1:])
+            [reply] = [model.replies[asked] for asked in model.replies if f"{asked}\n" in text]
+            tokens = [*reply, *model.then.encode() * new][:new]
             end = next((i for i, token in enumerate(tokens) if token in stop), new)
             answers.append(tokens[:end])
             model.written += end
@@ -262,13 +250,13 @@ QUESTIONS = [
     {"question": "A half, please?", "answer": r"It is $\boxed{\frac{1}{2}}$."},
     {"question": "Which?\n(A) 3, (B) 4", "answer": "B", "prompt": "choice"},
 ]
-REPLIES = [
-    b" So it is 42.\n\n\nQuestion: 1+1?\nAnswer: 2",
-    b" 1+1=2\n#### 2",
-    b" 0.5",
-    b" Answer: (B).",
-]
-REPLIES = {question["question"]: text for question, text in zip(QUESTIONS, REPLIES, strict=True)}
+ASKED = [question["question"] for question in QUESTIONS]
+REPLIES = {
+    ASKED[0]: b" So it is 42.\n\n\nQuestion: 1+1?\nAnswer: 2",
+    ASKED[1]: b" 1+1=2\n#### 2",
+    ASKED[2]: b" 0.5",
+    ASKED[3]: b" Answer: (B).",
+}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -276,7 +264,7 @@ REPLIES = {question["question"]: text for question, text in zip(QUESTIONS, REPLI
 def test_answers_in_the_order_given(stub, batch_size, shots):
     model = writer(REPLIES, then="\n\n\n")
     records = answer_questions(model, tokenizer, QUESTIONS, shots, batch_size)
-    assert [r["question"] for r in records] == [q["question"] for q in QUESTIONS]
+    assert [r["question"] for r in records] == ASKED
     assert [r["prediction"] for r in records] == ["42", "2", "0.5", "B"]
     assert [r["gold"] for r in records] == ["42", "1", r"\frac{1}{2}", "B"]
     assert [r["correct"] for r in records] == [True, False, True, True]
@@ -305,14 +293,14 @@ def test_a_small_window_drops_examples_and_counts_what_does_not_fit_as_wrong(stu
     records = answer_questions(writer(REPLIES, 60), tokenizer, QUESTIONS[:3], shots=2)
     assert [r["shots"] for r in records] == [None, 0, 0]
     assert records[0]["completion"] == "" and not records[0]["correct"]
-    longest = len(f"Question: {QUESTIONS[0]['question']}\nAnswer:") + 1
-    for block_size, written, shots in ((longest + 1, 1, 0), (longest, 0, None)):
+    length = len(f"Question: {ASKED[0]}\nAnswer:") + 1
+    for block_size, written, shots in ((length + 1, 1, 0), (length, 0, None)):
         model = writer(REPLIES, block_size)
         [record] = answer_questions(model, tokenizer, QUESTIONS[:1])
         assert model.written == written and record["shots"] == shots
     model = writer(REPLIES, 512)
-    assert 0 < answer_questions(model, tokenizer, QUESTIONS[1:2], 8, 64, 200)[0]["shots"] < 8
-    assert model.written == 200
+    [record] = answer_questions(model, tokenizer, QUESTIONS[1:2], 8, max_new_tokens=200)
+    assert 0 < record["shots"] < 8 and model.written == 200
 
 
 def test_a_real_model_answers_alike_in_any_batch():
@@ -360,17 +348,16 @@ def test_a_set_is_read_from_its_file_and_from_the_hub(
     path.write_text(f"{row}\n{row}\n")
     assert load_questions(path, task=task) == [expected] * 2
     assert load_questions(path, 1, task) == [expected]
-    asked = []
 
     def load_dataset(*name, split):
-        asked.append((":".join(name), split))
-        return [json.loads(row)] if len(asked) == 1 else 1 / 0
+        assert (":".join(name), split) == (task.hub, task.split)
+        return [json.loads(row)]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_questions(None, 1, task) == [expected]
-    assert asked == [(task.hub, task.split)]
+    assert load_questions(None, task=task) == [expected]
+    monkeypatch.setattr(datasets, "load_dataset", None)  # fails
     with pytest.raises(SystemExit, match=f"{task.name}: .*--file PATH"):
-        load_questions(None, 1, task)
+        load_questions(None, task=task)
 
 
 # name | content, ⏎ a line break | how many questions, or what is said
@@ -411,10 +398,11 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = GPT(GPTConfig(257, 256, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
     checkpoint = {"model_config": vars(model.config), "model": model.state_dict()}
-    torch.save({**checkpoint, "tokenizer": BYTES}, "slm.pt")
-    torch.save({**checkpoint, "tokenizer": {**BYTES, "n_vocab": 300}}, "rows.pt")
-    (tmp_path / "data/demo").mkdir(parents=True)
-    (tmp_path / "data/demo/questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS[:3])))
+    torch.save(checkpoint | {"tokenizer": BYTES}, "slm.pt")
+    torch.save(checkpoint | {"tokenizer": BYTES | {"n_vocab": 300}}, "rows.pt")
+    data = tmp_path / "data/demo"
+    data.mkdir(parents=True)
+    (data / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS[:3])))
     return tmp_path
 
 

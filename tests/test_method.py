@@ -22,30 +22,28 @@ def quotient(student_loss, mask):
     return loss_sum / mask_sum
 
 
-def by_hand(student_logits, ref_loss, targets, ratio):
-    """The paper's loss in plain Python: lists, loops, math.log; of torch only the numbers."""
+def by_hand(logits, targets, ref_loss, ratio):
+    """The paper's loss in plain Python: of lists, by loops and math.log."""
     losses = []
-    for row, target in zip(student_logits, targets, strict=True):
-        top = max(row)
-        losses.append(math.log(sum(math.exp(z - top) for z in row)) + top - row[target])
-    excess = [s - r for s, r in zip(losses, ref_loss, strict=True)]
+    for i, row in enumerate(logits):
+        losses.append(math.log(sum(math.exp(z) for z in row)) - row[targets[i]])
+    excess = [loss - ref_loss[i] for i, loss in enumerate(losses)]
     order = sorted(range(len(losses)), key=lambda i: -excess[i])
-    kept = set(order[: round(ratio * len(losses))])
-    return losses, kept, sum(losses[i] for i in kept) / len(kept)
+    kept = order[: round(ratio * len(losses))]
+    return losses, sorted(kept), sum(losses[i] for i in kept) / len(kept)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.6, 1.0])
 def test_the_loss_equals_a_plain_python_loop(ratio):
     logits = torch.randn(3, 8, 11, dtype=torch.float64) * 3
     targets = torch.randint(11, (3, 8))
-    ref_loss = torch.rand(3, 8, dtype=torch.float64) * 4
+    ref_loss = torch.rand(3, 8) * 4
     student_loss = token_loss(logits, targets)
     mask = select_tokens(score_tokens("excess", student_loss, ref_loss), ratio)
-    rows = logits.flatten(0, 1).tolist()
-    flat = ref_loss.flatten().tolist(), targets.flatten().tolist()
-    losses, kept, expected = by_hand(rows, *flat, ratio)
+    flat = logits.flatten(0, 1).tolist(), targets.flatten().tolist(), ref_loss.flatten().tolist()
+    losses, kept, expected = by_hand(*flat, ratio)
     assert student_loss.flatten().tolist() == pytest.approx(losses, abs=1e-5)
-    assert set(mask.flatten().nonzero()[:, 0].tolist()) == kept
+    assert mask.flatten().nonzero().flatten().tolist() == kept
     assert quotient(student_loss, mask).item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -60,15 +58,15 @@ def test_hand_worked_example():
 
 
 def test_soft_weights_give_the_weighted_mean():
-    student_loss = torch.tensor([[1.0, 2.0, 4.0]])
     weights = torch.tensor([[0.1, 0.0, 0.3]])  # they sum to less than one token
-    assert quotient(student_loss, weights).item() == pytest.approx(1.3 / 0.4)
+    loss = quotient(torch.tensor([[1.0, 2.0, 4.0]]), weights)
+    assert loss.item() == pytest.approx(1.3 / 0.4)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(4), torch.tensor([[1.0, -0.1], [0, 0]])])
+@pytest.mark.parametrize("mask", [torch.ones(2), torch.tensor([[1.0, -0.1]])])
 def test_what_is_no_mask_is_refused(mask):
     with pytest.raises(ValueError, match="mask"):
-        selective_loss(torch.ones(2, 2), mask)
+        selective_loss(torch.ones(1, 2), mask)
 
 
 # ---- the rules -----------------------------------------------------------------------------------
@@ -84,17 +82,17 @@ def test_each_rule_ranks_as_it_says():
 
 
 def test_random_scores_follow_their_generator():
-    student = torch.ones(2, 3)
-    once = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
-    again = score_tokens("random", student, generator=torch.Generator().manual_seed(1))
-    other = score_tokens("random", student, generator=torch.Generator().manual_seed(2))
-    assert once.equal(again) and not once.equal(other) and once.unique().numel() == 6
+    scores = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        scores.append(score_tokens("random", torch.ones(2, 3), generator=generator))
+    assert scores[0].equal(scores[1]) and not scores[0].equal(scores[2])
+    assert scores[0].unique().numel() == 6
 
 
-@pytest.mark.parametrize("select", ["nonsense", "Excess", "excess ", ""])
-def test_a_rule_without_a_branch_raises(select):
+def test_a_rule_without_a_branch_raises():
     with pytest.raises(ValueError, match="no such rule"):
-        score_tokens(select, *torch.rand(3, 2, 3))
+        score_tokens("excess ", *torch.rand(3, 2, 3))
 
 
 @pytest.mark.parametrize("select", NEEDS)
@@ -106,7 +104,7 @@ def test_a_rule_needs_what_is_said_and_lets_no_gradient_through(select):
     assert score.shape == (2, 3) and not score.requires_grad
     for name in known:
         with pytest.raises((TypeError, AttributeError)):
-            score_tokens(select, student_loss, **{**known, name: None})
+            score_tokens(select, student_loss, **known | {name: None})
 
 
 def test_ref_both_selects_what_both_rules_select():
@@ -114,14 +112,13 @@ def test_ref_both_selects_what_both_rules_select():
     the smallest size at which the two tops share as many."""
     student, ref, entropy = torch.rand(3, 4, 25)
     both = select_tokens(score_tokens("ref_both", student, ref, entropy), 0.5)
-    sizes = []
-    for m in range(1, 101):
+    for m in range(50, 101):
         easy = select_tokens(score_tokens("ref_loss", student, ref), m / 100)
         sure = select_tokens(score_tokens("ref_entropy", student, ref_entropy=entropy), m / 100)
         if (easy & sure).sum() >= 50:
-            sizes.append(m)
-            assert not (both & ~(easy & sure)).any()
-    assert 50 < sizes[0] < 100 and both.sum() == 50
+            break
+    assert 50 < m < 100 and both.sum() == 50
+    assert (easy & sure)[both].all()
 
 
 # ---- the selection -------------------------------------------------------------------------------
@@ -135,39 +132,35 @@ def test_exactly_k_are_selected_even_among_ties(B, T, ratio, seed, ties):
     torch.manual_seed(seed)
     score = torch.randint(3, (B, T)).float() if ties else torch.randn(B, T)
     valid = torch.rand(B, T) < 0.7
-    for v in (None, valid):
-        mask = select_tokens(score, ratio, valid=v)
-        allowed = torch.ones_like(mask) if v is None else v
-        assert mask.sum() == round(ratio * int(allowed.sum()))
-        assert not (mask & ~allowed).any()
-        if mask.any() and (allowed & ~mask).any():
-            assert score[mask].min() >= score[allowed & ~mask].max()
+    mask = select_tokens(score, ratio, valid=valid)
+    rest = valid & ~mask
+    assert mask.sum() == round(ratio * int(valid.sum())) and not (mask & ~valid).any()
+    if mask.any() and rest.any():
+        assert score[mask].min() >= score[rest].max()
 
 
 def test_threshold_selects_all_above_and_only_those():
-    score = torch.tensor([[0.5, 0.1, -3.0, 0.11]])
-    assert select_tokens(score, threshold=0.1).tolist() == [[True, False, False, True]]
-    valid = torch.tensor([[False, True, True, True]])
+    score = torch.tensor([[0.5, 0.1, -3.0, 0.11, 0.9]])
+    valid = torch.tensor([[True, True, True, True, False]])
     mask = select_tokens(score, threshold=0.1, valid=valid)
-    assert mask.tolist() == [[False, False, False, True]]
+    assert mask.tolist() == [[True, False, False, True, False]]
 
 
-def test_a_score_of_minus_infinity_is_never_selected():
+@pytest.mark.parametrize("how", [{"ratio": 1.0}, {"threshold": -5.0}])
+def test_a_score_of_minus_infinity_is_never_selected(how):
     """What a rule excludes stays out, also where the ratio asks for more than is left."""
-    score = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]])
-    assert select_tokens(score, ratio=1.0).tolist() == [[True, False, True, False]]
-    assert select_tokens(score, threshold=-5.0).tolist() == [[True, False, True, False]]
+    score = torch.tensor([[1.0, -torch.inf, 2.0]])
+    assert select_tokens(score, **how).tolist() == [[True, False, True]]
 
 
-def test_scores_may_be_integers_or_booleans():
+def test_scores_may_be_integers():
     assert select_tokens(torch.tensor([[3, 1, 2]]), ratio=2 / 3).tolist() == [[True, False, True]]
-    assert select_tokens(torch.tensor([[True, False]]), ratio=0.5).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("how", [{"ratio": 0.5}, {"threshold": 0.0}])
 def test_scores_that_are_nan_or_of_another_shape_raise(how):
     with pytest.raises(ValueError, match="NaN"):
-        select_tokens(torch.tensor([[1.0, torch.nan, 3.0, torch.inf]]), **how)
+        select_tokens(torch.tensor([[1.0, torch.nan]]), **how)
     with pytest.raises(ValueError, match="scores"):
         # One score a position would be repeated in every window, silently.
         select_tokens(torch.rand(4), **how, valid=torch.ones(2, 4, dtype=torch.bool))
@@ -182,11 +175,10 @@ def test_trap_labels_shifted_twice_or_not_at_all(tmp_path):
     cfg = rho.Config(data=str(tmp_path), block_size=7)
     meta = {"dtype": "uint16", "tokens": {"train": 30}}
     inputs, targets, valid = rho.open_windows(cfg, meta, "train")
-    assert inputs[[0, 3]].tolist() == [[*range(0, 7)], [*range(21, 28)]]
-    assert (targets == inputs + 1).all() and valid.all() and valid.shape == (4, 7)
-    x, y = [rho.take(array, [0, 1, 2, 3], cfg) for array in (inputs, targets)]
+    assert targets.flatten().tolist() == [*range(1, 29)]  # every token a target, exactly once
+    x, y = [rho.take(array, range(4), cfg) for array in (inputs, targets)]
     assert token_loss(50.0 * F.one_hot(x + 1, 40).float(), y).max() < 1e-6
-    assert targets.flatten().tolist() == list(range(1, 29))  # every token a target, exactly once
+    assert valid.all() and valid.shape == inputs.shape == (4, 7)
 
 
 def test_trap_absolute_value_or_softmax_of_the_excess():
@@ -205,12 +197,10 @@ def test_trap_mask_inverted():
 
 
 def test_trap_raw_logits_for_log_probabilities():
-    """A constant added to the logits changes no loss; and losses are those of a distribution."""
+    """Losses are those of a distribution."""
     logits = torch.randn(1, 5, 7)
     every = torch.stack([token_loss(logits, torch.full((1, 5), v)) for v in range(7)])
-    assert every.neg().exp().sum(0).tolist() == [pytest.approx([1.0] * 5, abs=1e-5)]
-    y = torch.randint(7, (1, 5))
-    assert token_loss(logits + 100, y).allclose(token_loss(logits, y), atol=1e-4)
+    torch.testing.assert_close(every.neg().exp().sum(0), torch.ones(1, 5))
 
 
 def test_trap_ignored_targets_counted_into_k():
@@ -228,12 +218,11 @@ def test_unselected_tokens_give_no_gradient():
     student_loss.grad = None
     loss_sum, mask_sum = selective_loss(student_loss, torch.zeros(4, 5, dtype=torch.bool))
     loss_sum.backward()
-    assert loss_sum == mask_sum == student_loss.grad.abs().sum() == 0
+    assert loss_sum == mask_sum == student_loss.grad.count_nonzero() == 0
 
 
 def test_import_has_no_side_effects(tmp_path):
-    code = "import rho, os; assert not os.listdir('.'); print(rho.selective_loss.__module__)"
     environment = {"PYTHONPATH": str(Path(rho.__file__).parent)}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", "import rho; print(rho.__name__)"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.stdout == b"rho\n" and done.stderr == b""
+    assert (done.stdout, done.stderr) == (b"rho\n", b"") and not list(tmp_path.iterdir())

@@ -1,9 +1,11 @@
 """What the pages say: the picture, the page of tokens, and the front page's commands and code."""
 
 import json
+import os
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from prepare_data import get_tokenizer, load_meta
 sys.path.append(str(Path(__file__).parents[1] / "results"))
 
 import plots  # noqa: E402
+import tables  # noqa: E402
 import tokens_page  # noqa: E402
 
 SHOWN = 100  # tokens on the page, of 8 * 16
@@ -293,15 +296,14 @@ def test_the_code_for_your_own_trainer_equals_rho_py(ratio):
     torch.testing.assert_close(*gradients)
 
 
-def test_the_demos_numbers_are_those_of_its_logs(capsys):
-    rho.show_table(ROOT / "results" / "demo")
-    table = capsys.readouterr().out.strip("\n").split("\n\n")[0]
-    assert table in README
+def test_the_demos_numbers_are_those_of_its_logs():
     right = []
     for run in ("ref", "clm", "slm", "clm-mixed", "slm-random"):
-        last = (ROOT / "results" / "demo" / f"{run}.jsonl").read_text().splitlines()[-1]
-        right.append(f"{json.loads(last)['right']} of 500")
-    assert re.findall(r"\d+ of 500", rho.__doc__) == right
+        *_, last = plots.read_log(ROOT / "results" / "demo" / f"{run}.jsonl")
+        right.append(str(last["right"]))
+    assert re.findall(r"(\d+) of 500", rho.__doc__) == right
+    [sentence] = re.findall(r"The demo is .*", README)
+    assert re.findall(r"(\d+)(?: of 500 questions)? for", sentence) == right[:4]
 
 
 def test_a_missing_package_is_one_line():
@@ -310,3 +312,109 @@ def test_a_missing_package_is_one_line():
 
     with pytest.raises(SystemExit, match="pip install tokenizers"):
         prepare_data.run_script(main)
+
+
+# ---- the published tables ------------------------------------------------------------------------
+
+PAGES = {path: path.read_text() for path in (tables.FRONT_PAGE, tables.HERE_PAGE)}
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_table_is_what_the_logs_say(name):
+    path, table = tables.TABLES[name]
+    assert tables.publish(PAGES[path], name, table(tables.Logs())) == PAGES[path]
+
+
+def test_each_decimal_of_the_prose_stands_in_a_table():
+    """So that no sentence keeps a number of older runs."""
+    numbers = r"\d+\.\d+"
+    pages = "\n".join(PAGES.values())
+    known = set()
+    for line in re.findall(r"^\|.*", pages, re.M):
+        known |= set(re.findall(numbers, line))
+    prose = re.sub(r"```.*?```|^\|.*?$|`[^`]*`|\]\([^)]*\)", "", pages, flags=re.M | re.S)
+    assert set(re.findall(numbers, prose)) <= known
+
+
+def test_all_logs_are_of_the_commit_that_the_page_names():
+    logs = [path for path in tables.Logs().root.rglob("*.jsonl")]
+    commits = {json.loads(path.read_text().split("\n")[0])["commit"] for path in logs}
+    assert len(logs) > 40 and len(commits) == 1
+    assert f"commit {commits.pop()}" in PAGES[tables.HERE_PAGE]
+
+
+def made_logs(folder, **runs):
+    """A log for each run and seed, from {run: {seed: [(tokens, right of 100, loss), ...]}}."""
+    for run, seeds in runs.items():
+        for seed, points in seeds.items():
+            header = {"flags": {"lr": 1e-3}, "tokens_before": 30}
+            keys = ("tokens", "right", "val_loss")
+            records = [dict(zip(keys, point, strict=True), questions=100) for point in points]
+            path = folder / f"seed{seed}" / f"{run}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, [header, *records])))
+    return tables.Logs(folder)
+
+
+def test_points_are_paired_by_seed_with_students_interval():
+    # Differences 1, 2, 3: mean 2, standard deviation 1, and 4.303 / sqrt(3) = 2.484.
+    assert tables.points([11, 22, 33], [10, 20, 30]) == "+2.0 (-0.5 to 4.5)"
+    assert tables.spread([1, 2, 3], 1) == "2.0 ± 1.0"
+
+
+def test_fewer_tokens_are_read_off_the_line_between_two_evaluations(tmp_path):
+    clm = {1: [(100, 10, 3.0), (200, 20, 2.0)]}
+    # At 20 right answers in the middle between 50 and 100 tokens; at a loss of 2.0 never.
+    slm = {1: [(50, 10, 3.0), (100, 30, 2.5), (200, 40, 2.1)]}
+    logs = made_logs(tmp_path, clm=clm, slm=slm, ref={1: [(60, 90, 1.0)]})
+    assert tables.fewer(logs, 1, "clm", "slm", "right", in_all=False) == pytest.approx(200 / 75)
+    # The reference read 60, and scoring 75 tokens costs as much as 25.
+    assert tables.fewer(logs, 1, "clm", "slm", "right", in_all=True) == pytest.approx(200 / 160)
+    assert np.isnan(tables.fewer(logs, 1, "clm", "slm", "val_loss", in_all=False))
+
+
+def test_dynamics_sorts_tokens_by_the_line_through_their_losses(tmp_path):
+    # Six evaluations, the first of which is too early: its losses would turn each of the lines.
+    early, x = [[9, 0, 9, 0, 9, 9]], np.arange(5)[:, None]
+    slopes = np.array([0, 0.06, -0.06, 0, 0.04, -0.04])  # over four steps: more than 0.2, or less
+    losses = np.float16([*early, *(np.array([5, 0.5, 5, 0.1, 0.5, 5]) + slopes * x)])
+    tokens = [100_000, *range(500_000, 1_000_000, 100_000)]
+    np.savez(tmp_path / "tokens.npz", clm=losses, tokens=tokens)
+    # The mean of the last losses is 2.6. High: the first and the last; low: two.
+    row = tables.dynamics(tables.Logs(tmp_path)).split("\n")[2]
+    assert row == "| here | 33 % | 17 % | 17 % | 33 % |"
+
+
+def test_rates_stand_beside_their_answers_with_the_chosen_one_bold(tmp_path):
+    runs = {"slm": 50, "slm-lr5e-4": 40, "slm-lr2e-3": 45}
+    logs = made_logs(tmp_path, **{run: {1: [(9, right, 1.0)]} for run, right in runs.items()})
+    [row] = tables.with_rates(logs, {"slm": "SLM"}, [{}])
+    assert list(row.values()) == ["5: 40.0, **10: 50.0**, 20: 45.0"]
+
+
+def test_run_sh_makes_each_run_that_a_table_or_picture_shows(tmp_path):
+    """Its commands are written down in place of being run, and read by rho.py."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands')
+    fake.chmod(0o755)
+    there = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PACK": "pack"}
+    run_sh = ROOT / "results" / "run.sh"
+    functions = set(re.findall(r"^(\w+)\(\) \{$", run_sh.read_text(), re.M))
+    for name in functions - {"setup", "collect", "real_base", "jobs"}:
+        subprocess.run(["bash", run_sh, name, "1"], env=there, check=True)
+    made = {}
+    for line in (tmp_path / "commands").read_text().splitlines():
+        _, *arguments = shlex.split(line)
+        run = rho.run_config(rho.parse(arguments), rho.parse(arguments).stage)
+        key = (run.out, run.name)
+        assert made.get(key, run) == run  # one name, one run
+        made[key] = run
+    shown = {*tables.FRONT, *tables.MAIN, *tables.DIRTIER, *tables.RULES, *plots.MAIN}
+    shown |= {*plots.KEPT.values(), *plots.REFERENCES}
+    shown |= {
+        f"{name}{arm}"
+        for name in [*plots.WRONG.values(), *plots.DIRT.values()]
+        for arm in ("clm", "slm")
+    }
+    assert {("out/seed1", run) for run in shown} <= made.keys()
+    assert {("out/real/seed1", run) for run in tables.REAL} <= made.keys()
