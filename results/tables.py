@@ -198,6 +198,7 @@ def fewer(logs, seed, clm, slm, key, in_all):
 def factor(logs):
     comparisons = [
         ("main, 5 seeds", logs, SEEDS, "clm", "slm"),
+        ("three times as long, 1 seed", logs, [1], "long-clm", "long-slm"),
     ]
     rows = []
     for label, source, seeds, clm, slm in comparisons:
