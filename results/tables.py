@@ -199,6 +199,7 @@ def factor(logs):
     comparisons = [
         ("main, 5 seeds", logs, SEEDS, "clm", "slm"),
         ("three times as long, 1 seed", logs, [1], "long-clm", "long-slm"),
+        ("the same, 6 pieces of dirt", logs, [1], "long-d6-clm", "long-d6-slm"),
     ]
     rows = []
     for label, source, seeds, clm, slm in comparisons:
