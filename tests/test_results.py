@@ -302,8 +302,8 @@ def test_the_demos_numbers_are_those_of_its_logs():
         *_, last = plots.read_log(ROOT / "results" / "demo" / f"{run}.jsonl")
         right.append(str(last["right"]))
     assert re.findall(r"(\d+) of 500", rho.__doc__) == right
-    [sentence] = re.findall(r"The demo is .*", README)
-    assert re.findall(r"(\d+)(?: of 500 questions)? for", sentence) == right[:4]
+    [sentence] = re.findall(r"It ends with .*", README)
+    assert re.findall(r"(\d+)(?: of 500 answers right)? for", sentence) == right[:4]
 
 
 def test_a_missing_package_is_one_line():
@@ -400,7 +400,7 @@ def test_run_sh_makes_each_run_that_a_table_or_picture_shows(tmp_path):
     there = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PACK": "pack"}
     run_sh = ROOT / "results" / "run.sh"
     functions = set(re.findall(r"^(\w+)\(\) \{$", run_sh.read_text(), re.M))
-    for name in functions - {"setup", "collect", "real_base", "jobs"}:
+    for name in functions - {"setup", "collect", "real_base", "all_jobs"}:
         subprocess.run(["bash", run_sh, name, "1"], env=there, check=True)
     made = {}
     for line in (tmp_path / "commands").read_text().splitlines():
