@@ -336,9 +336,9 @@ def tokens_picture(tokens, flags):
 # ==== sweeps ======================================================================================
 
 # {share of tokens kept, %: run}, and {what is on the axis: how the names of its runs begin}
-KEPT = {20: "keep-0.2", 35: "keep-0.35", 50: "slm", 65: "keep-0.65", 80: "keep-0.8", 100: "clm"}
-WRONG = {0: "w0-", 50: "w0.5-", 75: "", 90: "w0.9-"}
-DIRT = {0: "d0-", 1: "", 3: "d3-", 6: "d6-"}
+KEPT = {20: "keep-0.2", 50: "slm", 80: "keep-0.8", 100: "clm"}
+WRONG = {0: "w0-", 75: "", 90: "w0.9-"}
+DIRT = {0: "d0-", 1: "", 6: "d6-"}
 # {reference: what is unlike the usual one}
 REFERENCES = {
     "ref-short": "a third of the steps",

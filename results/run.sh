@@ -25,8 +25,8 @@ setup() {
     $demo 3.2e6 --out data/demo
     $demo 6.2e6 --out data/long
     $demo 6.2e6 --dirty 6 --out data/d6
-    for wrong in 0 0.5 0.9; do $demo 2.2e6 --wrong $wrong --out data/w$wrong; done
-    for dirty in 0 3; do $demo 2.2e6 --dirty $dirty --out data/d$dirty; done
+    for wrong in 0 0.9; do $demo 2.2e6 --wrong $wrong --out data/w$wrong; done
+    $demo 2.2e6 --dirty 0 --out data/d0
     $demo 3.2e6 --n_ref 1500 --out data/ref-0.3x
     $demo 3.2e6 --n_ref 15000 --out data/ref-3x
     for variant in soft mask pages distilled; do
@@ -85,7 +85,6 @@ dirtier_rates() {
         d6 . --stage slm --name d6-started-lr$lr --ratio 0.2 $trial
     done
     for lr in 7.5e-4 3e-3; do
-        d6 . --stage slm --name d6-new-lr$lr --ratio 0.2 --lr $lr --evals 1
         d6 out/code/distilled --stage slm --name d6-distilled-lr$lr --ratio 1 --lr $lr --evals 1
     done
 }
@@ -116,11 +115,10 @@ long() {
     rho . --data data/d6 --stage slm $same --name long-d6-slm --ratio 0.2
 }
 
-# The picture of sweeps: the share kept, the corpus, the reference.
+# The picture of sweeps: the corpus, the reference, and the share kept, which is of `rules`.
 sweeps() {
     same="--tokens 2e6 $NEW --evals 1"
-    for ratio in 0.35 0.65; do rho . --stage slm $same --ratio $ratio --name keep-$ratio; done
-    for corpus in w0 w0.5 w0.9 d0 d3 d6; do
+    for corpus in w0 w0.9 d0 d6; do
         rho . --data data/$corpus --stage clm $same --name $corpus-clm
         rho . --data data/$corpus --stage slm $same --name $corpus-slm
     done

@@ -172,9 +172,9 @@ def test_tokens_picture_sets_a_page_and_what_is_kept_of_it_in_bold(tokens):
 
 # Each panel of the sweeps: what is on the axis, SLM, CLM.
 SWEEPS = [
-    "20 keep-0.2 clm, 35 keep-0.35 clm, 50 slm clm, 65 keep-0.65 clm, 80 keep-0.8 clm, 100 clm clm",
-    "0 w0-slm w0-clm, 50 w0.5-slm w0.5-clm, 75 slm clm, 90 w0.9-slm w0.9-clm",
-    "0 d0-slm d0-clm, 1 slm clm, 3 d3-slm d3-clm, 6 d6-slm d6-clm",
+    "20 keep-0.2 clm, 50 slm clm, 80 keep-0.8 clm, 100 clm clm",
+    "0 w0-slm w0-clm, 75 slm clm, 90 w0.9-slm w0.9-clm",
+    "0 d0-slm d0-clm, 1 slm clm, 6 d6-slm d6-clm",
     "ref slm clm, ref-0.3x slm-ref-0.3x clm, ref-3x slm-ref-3x clm, "
     "ref-short slm-ref-short clm, ref-small slm-ref-small clm",
 ]
@@ -193,8 +193,8 @@ def test_sweeps_picture_shows_the_last_answers_of_each_run(tmp_path):
         x = [right[place] / 2 if place in right else float(place) for place in places]
         for line, runs in zip(ax.lines, (slm, clm), strict=True):
             assert np.allclose(line.get_xydata().T, [x, [right[run] / 2 for run in runs]])
-    (tmp_path / "d3-slm.jsonl").unlink()
-    with pytest.raises(SystemExit, match="d3-slm.jsonl is missing"):
+    (tmp_path / "d6-slm.jsonl").unlink()
+    with pytest.raises(SystemExit, match="d6-slm.jsonl is missing"):
         plots.sweeps_picture(tmp_path)
 
 
