@@ -342,8 +342,6 @@ DIRT = {0: "d0-", 1: "", 6: "d6-"}
 # {reference: what is unlike the usual one}
 REFERENCES = {
     "ref-short": "a third of the steps",
-    "ref-small": "a smaller model",
-    "ref-0.3x": "0.3 times the text",
     "ref": "the usual one",
     "ref-3x": "3 times the text",
 }

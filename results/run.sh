@@ -27,7 +27,6 @@ setup() {
     $demo 6.2e6 --dirty 6 --out data/d6
     for wrong in 0 0.9; do $demo 2.2e6 --wrong $wrong --out data/w$wrong; done
     $demo 2.2e6 --dirty 0 --out data/d0
-    $demo 3.2e6 --n_ref 1500 --out data/ref-0.3x
     $demo 3.2e6 --n_ref 15000 --out data/ref-3x
     for variant in soft mask pages distilled; do
         mkdir -p out/code/$variant
@@ -124,15 +123,12 @@ sweeps() {
     done
 }
 references() {
-    train="--stage ref $NEW --evals 1"
-    rho . $train --ref_tokens 3e5 --name ref-short
-    rho . $train --ref_tokens 9e5 --name ref-small --n_layer 2 --n_embd 64 --n_inner 192 --n_head 2
-    for amount in 0.3x 3x; do
-        rho . $train --ref_tokens 9e5 --name ref-$amount --data data/ref-$amount
-    done
-    for name in short small 0.3x 3x; do
-        slm="--stage slm --name slm-ref-$name --reference out/seed$seed/ref-$name.pt"
-        rho . $slm --tokens 2e6 $NEW --evals 1
+    same="$NEW --evals 1"
+    rho . --stage ref $same --name ref-short --ref_tokens 3e5
+    rho . --stage ref $same --name ref-3x --ref_tokens 9e5 --data data/ref-3x
+    for name in short 3x; do
+        reference=out/seed$seed/ref-$name.pt
+        rho . --stage slm $same --tokens 2e6 --name slm-ref-$name --reference $reference
     done
 }
 

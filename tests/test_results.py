@@ -175,8 +175,7 @@ SWEEPS = [
     "20 keep-0.2 clm, 50 slm clm, 80 keep-0.8 clm, 100 clm clm",
     "0 w0-slm w0-clm, 75 slm clm, 90 w0.9-slm w0.9-clm",
     "0 d0-slm d0-clm, 1 slm clm, 6 d6-slm d6-clm",
-    "ref slm clm, ref-0.3x slm-ref-0.3x clm, ref-3x slm-ref-3x clm, "
-    "ref-short slm-ref-short clm, ref-small slm-ref-small clm",
+    "ref slm clm, ref-3x slm-ref-3x clm, ref-short slm-ref-short clm",
 ]
 
 
