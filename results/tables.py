@@ -254,11 +254,11 @@ def bench(logs):
 # ==== pages =======================================================================================
 
 HERE_PAGE, FRONT_PAGE = HERE / "README.md", HERE.parent / "README.md"
-# (rules and real follow when their runs are made.)
 TABLES = {
     "front": (FRONT_PAGE, front),
     "main": (HERE_PAGE, main_table),
     "dirtier": (HERE_PAGE, dirtier),
+    "rules": (HERE_PAGE, rules),
     "factor": (HERE_PAGE, factor),
     "dynamics": (HERE_PAGE, dynamics),
     "real": (HERE_PAGE, real),
