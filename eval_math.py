@@ -42,7 +42,7 @@ COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # of thousands; in "12,
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
 NUMBER = rf"(?:[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|{DECIMAL})"  # 2 1/2, 3/4, 1.5, 1.5e3
 # A heading such as "#### 2. Add them" is no answer.
-GSM8K = re.compile(rf"#### {{0,3}}(-?\$?-?{NUMBER}%?)(?![.)]? +[A-Z])")
+GSM8K = re.compile(rf"#### {{0,3}}(?![0-9]+[.)] +[A-Z])(-?\$?-?{NUMBER}%?)")
 
 
 def gsm8k_answer(text):
@@ -51,23 +51,26 @@ def gsm8k_answer(text):
     return found[1] if found else ""
 
 
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3}
+SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 SPACED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/.])")  # 9 500
 # A word of three letters is a unit, unless it changes the value; "x" and "ab" may be variables.
 UNIT = r"""(?:(?<![a-z])(?:[cmk]m|[km]g|ft|in|yd|mi|lbs?|oz|ml|sec|rs|am|pm|st|nd|rd|th)
     |(?<![a-z0-9])(?:[mglhs]|a|an|at|by|to|he|it|is|on|of\b.*|sq|cu|hr
-    |(?!(?:half|halves|thirds?|quarters?|squared|cubed|factorial)\b)[a-z]{3,})
+    |(?!(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred)ths?
+        |squared|cubed|factorial|plus|minus|base|infinity|lakhs?|crores?)\b)[a-z]{3,})
     )(?![a-z])(?:\s*\^\s*\{?[23]\}?)?"""
 SAYS_A_NUMBER = re.compile(
-    rf"""(?:\\approx|[~+:\s]|(?:about|approximately|around|roughly|exactly|only|an?)\b)*
+    rf"""(?:\\approx|[~+:\s]|(?:about|approximately|around|roughly|exactly|only|just|simply|an?)\b)*
     (?P<minus>-|minus\ |negative\ )?\s*
     (?P<number>{NUMBER.replace(" ", r"[ ]")})(?![0-9])
-    \s*(?P<scale>{"|".join(SCALES)})?\s*(?P<percent>%|percent)?
+    \s*(?P<scales>(?:(?:{"|".join(SCALES)})s?\b\s*)*)(?P<percent>%|percent)?
     # then nothing but units, and remarks in brackets that have words in them
     (?:[\s.,:;/?%'"-]|{UNIT}|\((?=[^()]*[a-z]{{2}})[^()]*\))*""",
     re.VERBOSE,
 )
-Number = namedtuple("Number", "value exact decimal")
+# plain: written as digits alone, not as a fraction and not with a word such as "million"
+Number = namedtuple("Number", "value exact plain")
 
 
 def read_number(text):
@@ -84,18 +87,19 @@ def read_number(text):
         value = sum(Fraction(part) for part in found["number"].split())
     except ZeroDivisionError:
         return None
-    value *= SCALES.get(found["scale"], 1)
+    for scale in re.findall("|".join(SCALES), found["scales"]):
+        value *= SCALES[scale]
     if found["minus"]:
         value = -value
     if found["percent"]:
         value /= 100
     fraction = "/" in found["number"]
-    return Number(value, fraction or value.denominator == 1, not fraction and not found["scale"])
+    return Number(value, fraction or value.denominator == 1, not fraction and not found["scales"])
 
 
 def same_number(a, b, percentage):
     """Whether two Numbers agree, or do so to a factor 100 if one of them may be a percentage."""
-    percentage = percentage and a.decimal and b.decimal
+    percentage = percentage and a.plain and b.plain
     # Two exact numbers are equal or not: 2001/2002 is not 2011/2012.
     tolerance = 0 if a.exact and b.exact else Fraction(1, 10_000)
     for factor in [1, 100, Fraction(1, 100)] if percentage else [1]:
@@ -109,7 +113,7 @@ def same_number(a, b, percentage):
 
 SIGNS = r"""− -  – -  ∞ \infty  √ \sqrt  ≈ \approx  π \pi  · \cdot  × \times  ÷ \div  ≤ \le
 ≥ \ge  ° ^\circ  ² ^2  ³ ^3  ½ \frac{1}{2}  ∅ \emptyset""".split()
-SIGNS = {ord(sign): f"{latex} " for sign, latex in zip(SIGNS[::2], SIGNS[1::2], strict=True)}
+SIGNS = {ord(sign): latex for sign, latex in zip(SIGNS[::2], SIGNS[1::2], strict=True)}
 WORDS = re.compile(r"\\(?:text|mbox|operatorname|math(?=rm|bf|it|sf))[a-z]*\s*\{([^{}]*)\}")
 
 
@@ -125,7 +129,11 @@ for _ in range(4):  # braces inside braces, to a depth of four
 BOX = re.compile(rf"\\?(?:boxed|fbox)\s*\{{({BRACED})(?:\}}|$)")  # one that is cut short counts
 JOINT = re.compile(r"(?:[\s$().,;]|\\quad|and|or)*")  # between boxes that are one answer
 # "the answer is", "the answers are", "the correct option is", "Answer:", "**ANSWER**:"
-MARKER = re.compile(r"(?i)(?:answer|choice|option)s? (?:is|are)\b|\banswer\**:")
+MARKER = re.compile(
+    r"(?i)(?:answer|\b(?:the|correct|best|right) (?:choice|option))s? (?:is|are)\b|\banswer\**:"
+)
+# A sentence ends at its full stop or line, an answer before its reason.
+SENTENCE_END = re.compile(r"\.(?=\$?(?:\s|$))|\n|(?:^|,? )(?:because|since|as)\b")
 # As the prompts of MATH end: "The final answer is $5$. I hope it is correct."
 HOPED = re.compile(r"final answer is([^\n]{0,300}?)[.$]* I hope")
 LAST = re.compile(  # a minus after a digit or a bracket subtracts
@@ -148,18 +156,22 @@ def boxed_answer(text):
 
 
 def said_answer(text):
-    """What follows the last "the answer is" in its sentence."""
-    rest = MARKER.split(text)[1:]
-    if not rest:
-        return ""
-    sentence = re.split(r"\.(?=\$?(?:\s|$))|\n", rest[-1].lstrip(" \t\n:*$"))
-    return sentence[0].rstrip("!? ")
+    """What follows "the answer is" in its sentence: the last such text with a number, LaTeX or a
+    choice ("I hope this answer is helpful" has none of them), or else the last one."""
+    sentences = []
+    for rest in MARKER.split(text)[1:]:
+        sentence = SENTENCE_END.split(rest.lstrip(" \t\n:*$"), maxsplit=1)[0].rstrip("!? ")
+        sentences.append(sentence)
+    for sentence in reversed(sentences):
+        if re.search(r"[0-9\\]", sentence) or CHOICE.match(sentence):
+            return sentence
+    return sentences[-1] if sentences else ""
 
 
-# (b), B) 12, or a capital letter that ends there or is given a reason
+# (b), B) 12, or a capital letter that ends there or goes on as B: 12 or B, 12. But A, B is a list.
 CHOICE = re.compile(
-    r"(?:option |choice )?(?:\(?([A-Ea-e])\)(?=$|[\s.,:;])"
-    r"|([A-E])(?=$|: | [0-9]|,? (?:because|since|as)\b))"
+    r"(?:the )?(?:option |choice )?(?:\(?([A-Ea-e])\)(?=$|[\s.,:;])"
+    r"|([A-E])(?=$|[.,:] +(?![A-E]\b)| [0-9]))"
 )
 
 
@@ -271,10 +283,11 @@ def same_latex(a, b):
 # ---- Right or wrong ----
 
 NOISE = re.compile(r"\\?[$€£]|(?<!\\)\\[!;:, ]|~|\\(?:left|right)(?![a-z])|\^\s*\{?\\circ\s*\}?")
-# y = 3x is 3x; (a, b) = (4, 1) is (4, 1); 3 + 4 = 7 is 7. But 2x - y = 5 is an equation.
+# y = 3x is 3x; (a, b) = (4, 1) is (4, 1); 3 x 4 eggs = 12 is 12. But 2x - y = 5 is an equation.
 LABEL = re.compile(
     r"(?:^|(?<=,))\s*(?:\\?[a-zA-Z]\w*(?:\(\w\))?|\([a-z](?:, ?[a-z])+\)"
-    r"|(?:[-0-9+*/.,%() ]| x )*)\s*=\s*"
+    r"|(?:[-0-9+*/.,%(){}^ ]|\\(?:times|cdot|div|[dt]?frac)|x(?= ?[0-9])"
+    r"|[a-zA-Z]{3,}(?![a-zA-Z]))*)\s*=\s*"
 )
 UNIT_AFTER = re.compile(rf"(?<=[}})i])(?:\s+{UNIT})+$", re.VERBOSE)
 LONGEST = 300  # characters; a longer answer is compared as text alone
@@ -295,15 +308,15 @@ def tidy(answer):
 def is_equiv(prediction, gold, percentage=True):
     """Whether two answers are the same as text, as numbers or as LaTeX. Never raises.
 
-    Exact numbers have to be equal; decimals agree to a relative 1e-4, and to a factor 100 if
-    `percentage` and both are decimals or one has a % sign. None and "" equal nothing.
+    Exact numbers have to be equal; where one is none, a relative 1e-4 is near enough. If
+    `percentage`, two plain numbers may differ by a factor 100. None and "" equal nothing.
     """
     a = tidy("" if prediction is None else str(prediction))
     b = tidy("" if gold is None else str(gold))
     # Between two digits a space means something.
-    same = [re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).lower() for text in (a, b)]
-    if same[0] == same[1] or max(len(a), len(b)) > LONGEST:
-        return same[0] == same[1] and bool(re.search(r"\w", a))
+    spelled = [re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).lower() for text in (a, b)]
+    if spelled[0] == spelled[1] or max(len(a), len(b)) > LONGEST:
+        return spelled[0] == spelled[1] and bool(re.search(r"\w", a))
     # x = 5 is 5, but it is not y = 5.
     if "=" not in b:
         a = LABEL.sub("", a)
@@ -328,7 +341,7 @@ def in_latex(text, number):
 # ---- The paper's nine sets ----
 
 # hub: "name" or "name:config". CLM, SLM: the paper's Table 1, percent right of TinyLlama after
-# 15 B tokens of plain training and after 9 B selected ones of them.
+# 15 B tokens of plain training, and after training on a selected 9 B of them.
 Task = namedtuple("Task", "name hub split prompt clm slm")
 TASKS = """
 gsm8k     openai/gsm8k:main                        test       words   6.4 29.8
@@ -419,8 +432,9 @@ def load_questions(path, n=None, task=OWN):
         try:
             questions.append(read_question(row, task.prompt))
         except (StopIteration, AttributeError, IndexError, TypeError):
-            sys.exit(f"{path}: row {number} has no question and answer, but {', '.join(row)}")
-    return questions or sys.exit(f"{path} holds no questions")
+            fields = ", ".join(row)
+            sys.exit(f"{path or task.hub}: row {number} has no question and answer, but {fields}")
+    return questions or sys.exit(f"{path or task.hub} holds no questions")
 
 
 # ---- Prompts and answers ----
@@ -429,14 +443,17 @@ EXAMPLES = {  # question => answer; " / " is a line break
     "words": """
 A baker makes 14 loaves at dawn and 19 at noon. How many? => 14 + 19 = 33. The answer is 33.
 A rope of 48 metres is cut into 6 parts. How long is each? => 48 / 6 = 8. The answer is 8.
-Nadia reads 12 pages on 5 days, then 20. How many? => 12 * 5 = 60, 60 + 20 = 80. The answer is 80.
-A third of 90 beads is red. And not red? => 90 / 3 = 30 are, so 90 - 30 = 60 not. The answer is 60.
-A ticket is $7, a drink $3. What do 4 pay? => 7 + 3 = 10 each, so 4 * 10 = 40. The answer is 40.
-Omar has $60 and saves $15 a week. When has he $180?
-=> He lacks 180 - 60 = 120 dollars, and 120 / 15 = 8 weeks bring them. The answer is 8.
-A tank of 250 litres loses 12 an hour. What is left after 9 hours?
-=> It has lost 12 * 9 = 108 litres by then, so 250 - 108 = 142 are left. The answer is 142.
-A $60 lamp gets 25 percent cheaper. What is the price?
+Nadia reads 12 pages a day for 5 days, then 20 more. How many pages has she read?
+=> In 5 days she reads 12 * 5 = 60 pages. With 20 more it is 60 + 20 = 80. The answer is 80.
+A third of 90 beads are red. How many are not red?
+=> There are 90 / 3 = 30 red beads, so 90 - 30 = 60 are not red. The answer is 60.
+A ticket costs $7 and a drink $3. What do 4 friends pay if each buys both?
+=> Each of them pays 7 + 3 = 10 dollars. Together they pay 4 * 10 = 40. The answer is 40.
+Omar has $60 and saves $15 a week. After how many weeks does he have $180?
+=> He needs 180 - 60 = 120 dollars more. That takes 120 / 15 = 8 weeks. The answer is 8.
+A tank of 250 litres loses 12 litres an hour. How much is left after 9 hours?
+=> By then it has lost 12 * 9 = 108 litres, so 250 - 108 = 142 are left. The answer is 142.
+A $60 lamp gets 25 percent cheaper. What is the new price?
 => It gets 60 * 25 / 100 = 15 dollars cheaper and costs 60 - 15 = 45. The answer is 45.
 """,
     "math": r"""
@@ -463,7 +480,7 @@ A coat of $80 is sold at 15 percent less. What does it cost? / {CHOOSE} / (A) $1
 ASKED = {"words": ("Question: ", "\nAnswer:"), "math": ("Problem:\n", "\nSolution:")}
 ASKED["choice"] = ASKED["math"]
 BETWEEN = "\n\n\n"
-# There the model begins a question of its own.
+# Where a model begins to write the next question.
 NEXT_QUESTION = re.compile(rf"(?:^|\n)(?:Question|Problem):|{BETWEEN}")
 
 
@@ -498,17 +515,20 @@ def judge(question, completion):
 def answer_questions(model, tokenizer, questions, shots=0, batch_size=64, max_new_tokens=256):
     """Greedy answers [{question, completion, prediction, gold, correct, shots}], order as given.
 
-    New tokens end with block_size; examples leave half of it. "shots" counts the examples that
-    fitted; it is None, and the answer wrong, where the question is too long and was not asked.
+    An answer ends with block_size at the latest. Examples are left out until max_new_tokens, or
+    half of block_size, are free; "shots" counts those that stay. It is None, and the answer wrong,
+    where the question alone is too long and was not asked.
     """
     block_size = model.config.block_size
     room = block_size - min(max_new_tokens, block_size // 2)
     prompts = [make_prompt(tokenizer, question, shots, room) for question in questions]
     stop = set(tokenizer.stops)
+    line_break = tokenizer.encode("\n")
     for word in ("Question", "Problem"):
-        # A question of the model's own begins with a token like this; " Question" is another.
-        if len(tokenizer.encode(word)) == 1:
-            stop.update(tokenizer.encode(word))
+        # The token with which a line begins. After a space the same word is another one.
+        *before, first = tokenizer.encode(f"\n{word}")
+        if before == line_break:
+            stop.add(first)
     records = [{**judge(question, ""), "shots": None} for question in questions]
     asked = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) < block_size]
     # Prompts of about one length share a batch: that needs little padding, and leaves most room.
@@ -554,7 +574,7 @@ def evaluate_task(args, name, model, tokenizer):
     paper = f" (the paper: CLM {task.clm}, SLM {task.slm})" if name in TASKS else ""
     print(f"\n{name}: {right} of {len(records)} right, {percent:.1f} %{paper}; answers in {out}")
     short = sum(record["shots"] != shots for record in records)
-    print(f"{short} prompts shortened, or left out and so wrong, for lack of room in the window")
+    print(f"{short} prompts have fewer examples, or were not asked and are wrong, for lack of room")
     return percent
 
 

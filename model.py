@@ -4,11 +4,11 @@ RMSNorm, rotary positions, SwiGLU and grouped-query attention: the shape of Llam
 more field each of Qwen2.5, Qwen3 and Mistral. The file, from top to bottom: the network;
 `generate`; Muon; checkpoints; Hugging Face folders in; Hugging Face folders out.
 
-  python model.py out/demo/slm.pt FOLDER     export a student: seconds; then in Python
+  python model.py out/demo/slm.pt FOLDER     export a student (takes seconds); then, in Python:
                                              AutoModelForCausalLM.from_pretrained("FOLDER")
 
 Shapes: B sequences, T tokens, C channels, V vocabulary, H query heads of D channels, G key-value
-heads, S positions that there are to look at: the T of this call and those in the cache.
+heads, S positions that can be attended to: those in the cache and the T new ones.
 """
 
 import hashlib
@@ -56,7 +56,10 @@ class GPTConfig:
 
 
 def rotary_angles(position, config):
-    """cos and sin, (B, 1, T, D/2) each, of the angles for position (B, T) and channel pair."""
+    """cos and sin, (B, 1, T, D/2) each, of the angle at each position for each pair of channels.
+
+    position: (B, T).
+    """
     D = config.head_dim
     speed = config.rope_theta ** (torch.arange(0, -D, -2, device=position.device) / D)  # (D/2,)
     if config.rope_scaling:
@@ -185,7 +188,7 @@ class GPT(nn.Module):
         position = torch.arange(S, device=tokens.device)[None] - pad  # (1, S) or (B, S)
         rotary = rotary_angles(position[:, start:], self.config)
         window = self.config.window
-        mask = None  # each sees all that stands before it
+        mask = None  # plain causal attention: each position sees itself and all before it
         if cache is not None or 0 < window < S:
             mask = attention_mask(position, T, window)
         x = self.embed_tokens(tokens)  # (B, T, C)
@@ -207,6 +210,8 @@ def generate(gpt, prompts, max_new_tokens, stop=()):
     prompts: lists of token ids of any lengths. Returns a list of new ids for each prompt, without
     the stop token. ValueError if a prompt is empty, or too long for the answer to fit block_size.
     """
+    if not prompts:
+        return []
     lengths = [len(prompt) for prompt in prompts]
     size = max(lengths) + max_new_tokens
     if not all(lengths) or size > gpt.config.block_size:
@@ -226,7 +231,7 @@ def generate(gpt, prompts, max_new_tokens, stop=()):
         hidden = gpt.hidden(tokens, cache, pad, start)  # (b, T, C)
         start += tokens.shape[1]
         # The head sees one position of each row: logits of all of them would be the largest tensor.
-        tokens = gpt.lm_head(hidden[:, -1:]).max(-1).indices  # (b, 1); argmax is much slower
+        tokens = gpt.lm_head(hidden[:, -1:]).max(-1).indices  # (b, 1); argmax is slower on a CPU
         for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
             if token in stop:
                 ended.add(row)
@@ -248,11 +253,11 @@ def generate(gpt, prompts, max_new_tokens, stop=()):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step for each matrix is made orthogonal: all its singular values become ~1.
+    """Momentum whose step for each matrix is made orthogonal: its singular values become about 1.
 
-    A gradient has few large directions, which would drown its many small ones; so all are learned
-    at one pace. Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled as in
-    Moonlight, Liu et al. 2025, arXiv 2502.16982. params: matrices only.
+    A gradient has a few large directions, which would drown its many small ones. Like this, all are
+    learned at one pace. Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon;
+    scaled as in Moonlight, Liu et al. 2025, arXiv 2502.16982. params: matrices only.
 
     torch.optim.Muon does the same in bfloat16 everywhere, which most processors only emulate, 20 to
     100 times slower. Here only CUDA computes in bfloat16, other devices in the matrix's own type.
@@ -278,13 +283,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix):
-    """The same singular vectors, with all singular values near 1: five Newton-Schulz steps."""
+    """The same singular vectors, with singular values near 1: five Newton-Schulz steps."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T  # the products below are smaller this way
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
-    # Each step makes a*s + b*s^3 + c*s^5 of every singular value s. These coefficients lift small
-    # ones fastest; in the end all lie between 0.7 and 1.2, which serves as well as 1.
+    # Each step turns every singular value s into a*s + b*s^3 + c*s^5. These coefficients lift small
+    # ones fast: in the end most lie between 0.7 and 1.2, which serves as well as 1.
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.T
@@ -324,10 +329,10 @@ def load_checkpoint(path):
 
 
 def load_model(path, device="cpu", block_size=None):
-    """(GPT in float32, checkpoint) of a file that rho.py wrote, or of a Hugging Face folder.
+    """(GPT, checkpoint) of a file that rho.py wrote, or of a Hugging Face folder; in float32.
 
-    Of a folder, the second is {"tokenizer": spec}, or {} where it has no tokenizer.json.
-    block_size: the longest sequence that will come, if that is shorter than the model's own.
+    Of a folder, the checkpoint is {"tokenizer": spec}, or {} where it has no tokenizer.json.
+    block_size: the longest sequence that will come. The model's own may be shorter, and then stays.
     """
     if Path(path).is_dir():
         checkpoint = {}
@@ -343,7 +348,7 @@ def load_model(path, device="cpu", block_size=None):
 
 def model_with(shape, weights, path, block_size=None):
     """A GPT of GPTConfig(**shape) with weights {name: tensor}. Exits where they do not fit."""
-    with one_line(path, "Another kind of model? GPT is not that"):
+    with one_line(path, "Does the file hold a model of another kind?"):
         config = GPTConfig(**shape)
         config.block_size = min(config.block_size, block_size or config.block_size)
         with torch.device("meta"):  # no time for first weights that are replaced at once
@@ -367,7 +372,10 @@ def check_rows(model, spec, path):
 
 
 def weights_hash(model):
-    """A hexadecimal string that stands for the configuration and every weight."""
+    """A hexadecimal string that stands for every weight and the configuration.
+
+    (With the block_size that `load_model` was given.)
+    """
     digest = hashlib.sha256(json.dumps(vars(model.config)).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().view(torch.uint8).numpy())
@@ -384,18 +392,18 @@ HF_NAMES = {
     "head_dim": "head_dim", "tied": "tie_word_embeddings", "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta", "window": "sliding_window",
 }  # fmt: skip
-# What a key is that config.json leaves out.
+# What keys mean that config.json leaves out.
 HF_DEFAULTS = {
     "num_key_value_heads": 0, "head_dim": 0, "tie_word_embeddings": False,
     "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "sliding_window": 4096,
 }  # fmt: skip
-# What each rope_type is given by, besides rope_theta.
+# The keys that each rope_type needs, besides rope_theta.
 ROPE_KEYS = {
     "default": "",
     "linear": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
 }
-# Keys that would change the function, if they were not off, or not 1.
+# Keys that GPT has no form for: refused unless they are off, or 1.
 HF_OFF = """attention_bias mlp_bias use_qk_norm use_sliding_window rope_interleaved no_rope_layers
     full_attention sliding_attention quantization_config clip_qkv alibi num_experts
     num_local_experts n_routed_experts attention_multiplier attn_logit_softcapping
@@ -406,14 +414,14 @@ HF_FIXED = {"hidden_act": "silu"}
 HF_FIXED |= dict.fromkeys(HF_OFF.split(), False) | dict.fromkeys(HF_ONE.split(), 1)
 DOWNLOAD = "download it again (in a git clone: git lfs pull)"
 SHARD_REMEDY = f"Damaged, or an LFS pointer? Then {DOWNLOAD}. It needs: pip install safetensors. "
-SHARD_REMEDY += "Of a pytorch_model.bin, transformers' save_pretrained makes it"
+SHARD_REMEDY += "From a pytorch_model.bin, transformers' save_pretrained makes one"
 
 
 def load_hf(folder, block_size=None):
     """A GPT, in float32, from a folder with config.json and safetensors.
 
     Llama (TinyLlama, SmolLM2, Llama 3.2), Mistral, Qwen2.5 and Qwen3. Exits with the file, key or
-    tensor that GPT cannot be. block_size as in `load_model`.
+    tensor that GPT does not support. block_size as in `load_model`.
     """
     path = Path(folder, "config.json")
     with one_line(path, f"GPT has no form for that, or the file is damaged: {DOWNLOAD}"):
@@ -429,16 +437,20 @@ def shape_from_hf(settings):
     family = settings["model_type"]
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"model_type {family!r}")
-    settings = HF_DEFAULTS | settings
+    # null stands for the default, but a window of null for no window.
+    no_window = settings.get("sliding_window", 0) is None
+    settings = HF_DEFAULTS | {key: value for key, value in settings.items() if value is not None}
     settings |= settings.get("rope_scaling") or {}
     settings |= settings.get("rope_parameters") or {}
     for key, fixed in HF_FIXED.items():
         if settings.get(key) not in (None, fixed):
             raise ValueError(f"{key} {settings[key]!r}")
-    if family != "mistral" or settings["sliding_window"] is None:
+    if family != "mistral" or no_window:
         settings["sliding_window"] = 0  # it is off; families other than Mistral ignore it
     shape = {field: settings[key] for field, key in HF_NAMES.items()}
     rope_type = settings.get("rope_type", settings.get("type", "default"))
+    if rope_type not in ROPE_KEYS:
+        raise ValueError(f"rope_type {rope_type!r}")
     scaling = {key: settings[key] for key in ROPE_KEYS[rope_type].split()}
     for key, value in (shape | scaling).items():
         if not 0 <= value < math.inf:
@@ -500,7 +512,7 @@ def save_hf(model, folder, spec=None):
 
 
 def config_to_hf(config):
-    """config.json of a GPTConfig. Exits where no family has this shape."""
+    """config.json of a GPTConfig. Exits if no family has this shape."""
     family = "Llama"
     if config.window:
         family = "Mistral"
@@ -512,7 +524,7 @@ def config_to_hf(config):
     settings |= {"model_type": family.lower(), "architectures": [f"{family}ForCausalLM"]}
     settings["rope_scaling"] = config.rope_scaling
     if GPTConfig(**shape_from_hf(settings)) != config:
-        sys.exit(f"a {family} of Hugging Face cannot be {config}")
+        sys.exit(f"Hugging Face's {family} has no form for {config}")
     return settings
 
 

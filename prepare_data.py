@@ -29,7 +29,6 @@ import math
 import os
 import random
 import re
-import string
 import sys
 import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -60,7 +59,9 @@ MAGIC = {
 }
 LANES = 64  # files of one source that are open at a time
 PIECE = 1 << 16  # characters of a .txt that make one document, at most
-BATCH = 1 << 20  # characters that are tokenized at a time
+# Characters that are tokenized at a time. (With --max_tokens it also decides how far ahead of the
+# last one documents are held out.)
+BATCH = 1 << 20
 NGRAM = 13  # words in a row that a document must not share with a question
 VAL_CORPUS = 200  # documents of the corpus that are held out, at most
 SPLITS = ("ref", "train", "val", "val_corpus")
@@ -119,8 +120,7 @@ def prepare_text(args, sources, command):
             return without_questions(read(role), grams)
 
         def write(split, documents, max_tokens=math.inf):
-            arrays = tokenize(documents, tokenizer, meta["dtype"])
-            write_split(work, split, arrays, meta, max_tokens)
+            write_split(work, split, tokenize(documents, tokenizer), meta, max_tokens)
             if meta["tokens"][split] < 100:
                 sys.exit(f"too little text for {split}.bin: {'; '.join(map(str, sources))}")
 
@@ -550,7 +550,7 @@ def hold_out(documents, n, salt, avoid):
 
     def digest_of(document):
         """32 bytes: a number from 0 to 1, so to speak. White space does not count."""
-        letters = document.text.encode().translate(None, string.whitespace.encode())
+        letters = document.text.encode().translate(None, b" \t\n\r\v\f")
         return hashlib.sha256(salt.encode() + letters).digest()
 
     held = {}
@@ -596,21 +596,21 @@ def batches(documents):
     yield batch
 
 
-def tokenize(documents, tokenizer, dtype):
-    """Yield the tokens of each document as an array."""
+def tokenize(documents, tokenizer):
+    """Yield the tokens of each document."""
     for batch in batches(documents):
         encoded = tokenizer.encode_batch([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
-            tokens = np.array([*tokenizer.document_start, *ids], dtype)
+            tokens = [*tokenizer.document_start, *ids]
             document.source.counts.update(documents=1, tokens=len(tokens))
             yield tokens
 
 
-def write_split(work, split, arrays, meta, max_tokens=math.inf):
-    """Write the tokens of documents one after another, up to max_tokens, and count them in meta."""
+def write_split(work, split, documents, meta, max_tokens=math.inf):
+    """Write documents, given as tokens, up to max_tokens in all, and count them in meta."""
     with whole_file(work / f"{split}.bin") as file:
-        for tokens in tqdm(arrays, split, unit=" documents", disable=None):
-            file.write(tokens)
+        for tokens in tqdm(documents, split, unit=" documents", disable=None):
+            file.write(np.array(tokens, meta["dtype"]))
             meta["tokens"][split] += len(tokens)
             meta["documents"][split] += 1
             if meta["tokens"][split] >= max_tokens:
@@ -999,8 +999,7 @@ def demo_spec(documents):
     ranks = [bytes([byte]) for byte in range(256)]
     ranks += [word.encode() for word, _ in words.most_common(VOCAB - 257)]
     ranks = [base64.b64encode(token).decode() for token in ranks]
-    shape = {"n_vocab": VOCAB, "eot": VOCAB - 1, "pat_str": PATTERN}
-    return {"name": "demo", **shape, "ranks": ranks}
+    return {"name": "demo", "n_vocab": VOCAB, "eot": VOCAB - 1, "pat_str": PATTERN, "ranks": ranks}
 
 
 def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, dirty=1, mix=0.6):
@@ -1036,13 +1035,13 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, d
         def write(split, documents, max_tokens=math.inf):
             kinds = []
 
-            def arrays():
+            def tokenized():
                 for parts in documents:
                     tokens, labels = labelled_tokens(parts, tokenizer)
                     kinds.extend(labels)
-                    yield np.array(tokens, meta["dtype"])
+                    yield tokens
 
-            write_split(work, split, arrays(), meta, max_tokens)
+            write_split(work, split, tokenized(), meta, max_tokens)
             all_kinds[split] = np.array(kinds, np.uint8)
 
         write("ref", clean)

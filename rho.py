@@ -12,8 +12,8 @@ held-out questions are asked. CLM (causal language modeling) is ordinary trainin
     command                               minutes (*)  correct answers after training
     python rho.py                                   6  all of the next four, then their table
     python rho.py --stage ref                       1  reference, on clean text: 112 of 500
-    python rho.py --stage clm                       2  all tokens of the corpus: 54 of 500
-    python rho.py --stage slm                       2  the half with the most excess: 117 of 500
+    python rho.py --stage clm                     1.5  all tokens of the corpus: 54 of 500
+    python rho.py --stage slm                     1.5  the half with the most excess: 117 of 500
     python rho.py --stage clm --corpus mixed --tokens 1350000
                                                     2  clean text in the corpus: 292 of 500
     python rho.py --stage slm --select random       2  the control, a random half: 35 of 500
@@ -36,7 +36,7 @@ draws level with its reference, which is as large as the student. Compare it wit
     window        block_size tokens of a text and the token that follows each
     batch         the windows of one optimizer step; a micro-batch fits on a device at once
     run           one training with a name: NAME.pt (to resume), NAME.jsonl (the log)
-    rank          one of several processes, each with a GPU of its own (torchrun)
+    rank          one of torchrun's processes, each with a GPU of its own: number RANK of WORLD
 
 Differences from the paper:
 1. Models of 0.8 M parameters are trained from scratch, so that it runs on a laptop. With `--init` a
@@ -46,7 +46,8 @@ Differences from the paper:
 4. Muon updates the matrices and AdamW the rest. The paper names no optimizer.
 
 How to read: THE METHOD and `train`; then what you need, in the order in which `train` calls it.
-Whoever edits this file has other runs: give them a --name, or with --stage all another --out.
+After you have edited this file, give your runs a new --name (with --stage all, a new --out): a run
+is never resumed by other code than began it.
 """
 
 import argparse
@@ -90,8 +91,8 @@ from prepare_data import get_tokenizer, load_meta, prepare_demo, run_script, who
 # over those. Shapes: B windows (a micro-batch) of T tokens, V tokens in the vocabulary.
 
 # What each rule of `score_tokens` needs to know from the reference. A rule of your own is a line
-# here and a branch there; the flag --select follows. (Something new of the reference is also a
-# branch in `reference_values`, and a parameter of score_tokens with the same name.)
+# here and a branch there; then --select knows it, too. If it needs another quantity of the
+# reference, compute that in `reference_values` and give score_tokens a parameter of its name.
 NEEDS = {
     "excess": ["ref_loss"],
     "ref_loss": ["ref_loss"],
@@ -133,13 +134,12 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
     if select == "ref_entropy":
         return -ref_entropy
     if select == "ref_both":
-        # Sorting twice gives ranks, 0 for the best. A token's score is the worse of its two ranks,
-        # so it must be good in both. They are ranks in the micro-batch, as in select_tokens: change
-        # both together.
-        loss_rank = ref_loss.flatten().argsort().argsort()  # (B * T)
-        entropy_rank = ref_entropy.flatten().argsort().argsort()  # (B * T)
-        worse_rank = torch.maximum(loss_rank, entropy_rank)
-        return -worse_rank.view_as(ref_loss).float()
+        # Sorting twice gives each token its place in the micro-batch, 0 for the best. A token's
+        # score is the worse of its two places, so it must be good in both.
+        loss_place = ref_loss.flatten().argsort().argsort()  # (B * T)
+        entropy_place = ref_entropy.flatten().argsort().argsort()  # (B * T)
+        worse_place = torch.maximum(loss_place, entropy_place)
+        return -worse_place.view_as(ref_loss).float()
     if select == "loss":
         return student_loss
     if select == "random":
@@ -154,19 +154,22 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
     is False where there is nothing to learn. A rule excludes further tokens by a score of -inf: k
-    stays the same, so if it leaves fewer than k, those are selected.
-    ValueError: a score that is NaN, or scores of another shape than valid.
+    stays the same, and if fewer than k are left, all of them are selected.
+    ValueError: a score is NaN, or the scores have another shape than valid.
     """
     if valid is None:
         valid = torch.ones_like(score, dtype=torch.bool)
-    if score.shape != valid.shape or score.isnan().any():
-        raise ValueError(f"scores have to be of shape {tuple(valid.shape)}, and none may be NaN")
+    if score.shape != valid.shape:
+        raise ValueError(f"scores of shape {tuple(score.shape)}; needed: {tuple(valid.shape)}")
+    if score.isnan().any():
+        raise ValueError("a score is NaN")
     score = score.float().masked_fill(~valid, -torch.inf)  # (B, T)
     if threshold is not None:
         return score > threshold
     k = round(ratio * int(valid.sum()))
-    rank = score.flatten().argsort(descending=True).argsort().view(score.shape)  # 0 for the best
-    return (rank < k) & (score > -torch.inf)  # (B, T)
+    # The place of each token, 0 for the best. (Not topk: it gives the places of the chosen alone.)
+    place = score.flatten().argsort(descending=True).argsort().view(score.shape)
+    return (place < k) & (score > -torch.inf)  # (B, T)
 
 
 def selective_loss(student_loss, mask):
@@ -176,8 +179,8 @@ def selective_loss(student_loss, mask):
     apart, both can be added over micro-batches before one is divided by the other.
     mask (B, T): bool, or weights of at least 0, which make it a weighted mean.
     """
-    if mask.shape != student_loss.shape or (mask < 0).any():
-        raise ValueError(f"a mask has the shape {tuple(student_loss.shape)}, no weight below 0")
+    if mask.shape != student_loss.shape or not (mask >= 0).all():
+        raise ValueError(f"a mask has the shape {tuple(student_loss.shape)}, weights of at least 0")
     return (student_loss * mask).sum(), mask.sum()
 
 
@@ -223,8 +226,8 @@ class Config:
     batch_size: int = 8  # windows in an optimizer step
     micro_batch: int = 8  # windows on a device at once
     optimizer: str = "muon"  # muon for the matrices in blocks, or adamw for all
-    lr: float = 7.5e-4  # highest learning rate (tuned for clm)
-    lr_end: float = 0.1  # last learning rate, as a share of lr
+    lr: float = 7.5e-4  # highest learning rate (tuned for clm and 9e5 tokens; for 2e6: 1.5e-3)
+    lr_end: float = 0.1  # what it falls to, as a share of lr
     warmup: float = 0.02  # share of the steps in which lr rises
     weight_decay: float = 0.1  # of the matrices in blocks
     clip: float = 1.0  # largest norm of the gradient
@@ -281,23 +284,23 @@ def train(cfg):
     # What the rule NEEDS: {"ref_loss": (n, T), ...}, or nothing.
     ref_values = score_corpus(cfg, meta, reference, inputs, targets)
     del reference  # its losses are on disk: make room
-    # Only training is compiled. Answers would be anew for each of their many lengths.
+    # Only training is compiled: answers have many lengths, and each would be compiled anew.
     compiled = torch.compile(model) if cfg.compile else model
-    # The last one is cfg.steps: there the finished model is saved.
+    # Steps after which to evaluate. The last is cfg.steps, so the finished model is saved.
     eval_steps = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     last_save = time.time()
 
     for step in progress_bar(range(first_step, cfg.steps), cfg.name):
         started = time.time()
-        # The sum of the selected losses, the sum of the mask, and how many tokens that are, which
-        # is another number if the mask has weights.
+        # Of the whole batch: the sum of the selected losses, the sum of the mask, the number of
+        # selected tokens (which is not the sum of the mask if the mask has weights).
         batch_sums = torch.zeros(3, device=cfg.device)
 
-        # A batch may be larger than memory: its micro-batches go through one after another. With
-        # several ranks each has its own. ids (B,): the numbers of the windows.
+        # A batch may be too large for the device: its micro-batches go through one after another.
+        # Each rank has micro-batches of its own. ids (B,): the numbers of the windows.
         for ids in micro_batches(cfg, step, len(inputs)):
             x, y, is_valid = [take(array, ids, cfg) for array in (inputs, targets, valid)]  # (B, T)
-            # From the disk: of a reference that changes, compute them here.
+            # Stored values. If your reference changes during training, compute them here instead.
             known = {name: take(array, ids, cfg) for name, array in ref_values.items()}
             generator = generator_for(cfg, step, ids)
 
@@ -305,7 +308,8 @@ def train(cfg):
                 logits = compiled(x)  # (B, T, V)
             # 1. The student's loss on every token.
             student_loss = token_loss(logits, y)  # (B, T)
-            check_finite(student_loss.detach().sum(), cfg, step)  # now: it might not be selected
+            # Now, since 0 * NaN is NaN: a loss would spoil the sum even where the mask is 0.
+            check_finite(student_loss.detach().sum(), cfg, step)
             # 2. What each token is worth.
             score = score_tokens(cfg.select, student_loss, **known, generator=generator)  # (B, T)
             # 3. The tokens to train on.
@@ -328,7 +332,7 @@ def train(cfg):
                 p.grad /= batch_mask
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             check_finite(norm, cfg, step)
-            # Muon scales its steps to AdamW's, so one learning rate serves both.
+            # Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
             lr = learning_rate(cfg, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -342,20 +346,27 @@ def train(cfg):
         sums["seconds"] += time.time() - started
 
         is_eval = step + 1 in eval_steps
-        # The other ranks wait for rank 0 where they next sum their gradients.
+        # The other ranks go on, and wait for rank 0 in the next sum_over_ranks.
         if is_eval and RANK == 0:
             records.append(evaluate(cfg, meta, model, step + 1, sums))
             check_finite(records[-1]["val_loss"], cfg, step)
             sums["loss_since_eval"] = sums["mask_since_eval"] = 0.0
         if RANK == 0 and (is_eval or time.time() - last_save > 60 * cfg.save_minutes):
             # All that a resumed run needs to end with the same weights: bit by bit on a CPU, with
-            # as many threads. Whatever you add to the loop (a second model, a running mean) changes
-            # before this line, and belongs in here, and above, after open_run. Random numbers come
-            # from `generator`, never from torch's own state.
-            state = {"model": model.state_dict(), "model_config": asdict(model.config)}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            state |= {"identity": identity, "tokenizer": meta["tokenizer"], "records": records}
-            state |= {"step": step + 1, "steps": cfg.steps, "sums": sums}
+            # as many threads. Have you added something that changes from step to step (a second
+            # model, a running mean)? Update it above this line, save it here, and load it where
+            # `saved` is loaded. Draw random numbers from `generator`, not from torch's own state.
+            state = {
+                "model": model.state_dict(),
+                "model_config": asdict(model.config),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "identity": identity,
+                "tokenizer": meta["tokenizer"],
+                "records": records,
+                "step": step + 1,
+                "steps": cfg.steps,
+                "sums": sums,
+            }
             # The checkpoint first: a run that is killed in between writes its log when resumed.
             with whole_file(path) as file:
                 torch.save(state, file)
@@ -379,20 +390,24 @@ def first_model(cfg, meta):
 def open_model(path, cfg, meta):
     """The model of a checkpoint or Hugging Face folder, if it fits the data."""
     if not Path(path).exists():
-        sys.exit(f"{path} is missing; the reference is made by: python rho.py --stage ref")
+        remedy = "python rho.py --stage ref makes a reference, hf download fetches a model"
+        sys.exit(f"{path} is missing; {remedy}")
     model, checkpoint = load_model(path, cfg.device, cfg.block_size)
     if checkpoint.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
         sys.exit(f"{path} has another tokenizer than {cfg.data}; prepare the text with its own")
     check_rows(model, meta["tokenizer"], path)
     if cfg.block_size > model.config.block_size:
         sys.exit(f"{path} takes at most --block_size {model.config.block_size}")
-    # (A Hugging Face folder has neither.)
+    # (A Hugging Face folder has neither, and None equals None.)
     if checkpoint.get("step") != checkpoint.get("steps"):
         sys.exit(f"{path} has not finished training; the command that began it resumes it")
     return model
 
 
 # ==== what makes two runs the same ================================================================
+
+# A run is resumed, or called finished, only if its flags, data, first weights and code are those
+# that began it. So no old result can pass for one of an edited rule.
 
 
 def code_of(text, names=None):
@@ -405,16 +420,18 @@ def code_of(text, names=None):
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-# Read when this program begins: whoever edits a file meanwhile does not change what is executed.
+# Read when the program starts, since the files may be edited while it runs.
 HERE = Path(__file__).parent
 NAMES = ("rho.py", "model.py", "eval_math.py")
 TEXTS = {name: Path(HERE, name).read_text(encoding="utf-8") for name in NAMES}
 CODE = {name: code_of(text) for name, text in TEXTS.items()}
-# What the reference's scores depend on in this file. (What you call in there belongs in here.)
+# The functions that stored scores depend on. If you make one of them call a new function of this
+# file, add its name, or scores of the old code are used again.
 SCORING = ("open_windows", "take", "precision", "is_bf16", "token_loss", "reference_values")
 SCORING_CODE = code_of(TEXTS["rho.py"], SCORING)
 
-# Flags that do not change a run's numbers, or whose contents count and not their names.
+# Flags that are not compared: they change no number, or they name files and folders, of which the
+# contents are compared.
 NO_MATTER = {"stage", "data", "out", "name", "init", "reference", "ref_tokens", "corpus"}
 NO_MATTER |= {"restart", "save_minutes"}
 
@@ -438,8 +455,8 @@ def header(cfg, model, identity):
     """The first record of a log: what is run, with what, and where."""
     # Tokens that other models read before this run could begin. Those of a folder are unknown.
     before = 0
-    for path in {cfg.reference, cfg.init} - {""}:
-        if Path(path).is_file():
+    for path in {Path(path).resolve() for path in (cfg.reference, cfg.init)}:
+        if path.is_file():
             records = load_checkpoint(path)["records"]
             before += records[-1]["tokens"] + records[0]["tokens_before"]
     return {
@@ -491,7 +508,7 @@ def open_windows(cfg, meta, split):
     """
     path = Path(cfg.data, f"{split}.bin")
     if split not in meta["tokens"]:
-        sys.exit(f"{path} is not there; see --sft and --mix in: python prepare_data.py -h")
+        sys.exit(f"{path} is missing; prepare_data.py --mix writes mixed.bin, --sft writes sft.bin")
     tokens = np.memmap(path, meta["dtype"], "r")
     T = cfg.block_size
     n = (len(tokens) - 1) // T
@@ -534,7 +551,7 @@ def take(array, ids, cfg):
 
 
 def generator_for(cfg, step, ids):
-    """Random numbers for --select random: others in each micro-batch, the same in a resumed run."""
+    """For random numbers that differ between micro-batches and are the same in a resumed run."""
     seed = np.random.SeedSequence((cfg.seed, step, ids[0])).generate_state(1)[0]
     return torch.Generator(cfg.device).manual_seed(int(seed))
 
@@ -545,9 +562,9 @@ def generator_for(cfg, step, ids):
 def score_corpus(cfg, meta, reference, inputs, targets):
     """What the rule needs to know of each target, on disk: {"ref_loss": float16 (n, T), ...}.
 
-    Computed once for each window that the run will see, in the order in which it sees them. The
-    files are shared by runs, and filled further when another run needs more of them. (Which run
-    filled them may change the last bit of a number, as the size of a micro-batch does.)
+    Computed once for each window that the run will see, in the order in which it sees them. Runs
+    share the files, and a later run adds the windows that it needs. (The size of the micro-batch
+    that a window was scored in may change the last bit of a number.)
     """
     if reference is None:
         return {}
@@ -565,11 +582,11 @@ def score_corpus(cfg, meta, reference, inputs, targets):
         for step in progress_bar(range(cfg.steps), f"scores by {cfg.reference}"):
             for ids in micro_batches(cfg, step, len(inputs)):
                 for name, values in scores.items():
-                    # A window is written at once, so its last token speaks for all.
+                    # A window is written as a whole: if its last score is missing, all are.
                     missing = np.isnan(values[ids, -1])
                     if missing.any():
-                        # The whole micro-batch, so that it is rounded alike wherever scoring was
-                        # interrupted.
+                        # Score the whole micro-batch, though some of it may be there: a smaller
+                        # one could be rounded differently, and an interruption must not matter.
                         x, y = take(inputs, ids, cfg), take(targets, ids, cfg)
                         new = reference_values(name, reference, x, y)
                         if not np.isfinite(new).all():
@@ -611,7 +628,7 @@ def reference_values(name, reference, x, y):
 
 def check_finite(value, cfg, step):
     if not math.isfinite(value):
-        sys.exit(f"{cfg.name}: loss or gradient is not finite at step {step}; lower --lr {cfg.lr}")
+        sys.exit(f"{cfg.name}: loss or gradient is not finite at step {step}; try a lower --lr")
 
 
 def learning_rate(cfg, step):
@@ -632,7 +649,7 @@ def evaluate(cfg, meta, model, step, sums):
 
     val_loss is the mean loss of target text, selected or not; val_corpus_loss is that of corpus
     text, whose single losses go to OUT/NAME-STEP.npy, for pictures. selected_loss is a mean over
-    other tokens in each run: do not compare runs by it.
+    different tokens in each run: do not compare runs by it.
     """
     started = time.time()
     model.eval()
@@ -669,10 +686,10 @@ def evaluate(cfg, meta, model, step, sums):
 
 @torch.no_grad()
 def held_out_loss(cfg, meta, model, split):
-    """The loss of each token of the first --eval_windows windows (windows, T), in nats, on the CPU.
+    """Losses (windows, T) in nats, of the first --eval_windows windows of a text, on the CPU.
 
-    One window at a time, which takes little memory.
-    By torch's function: an edited token_loss must not measure itself.
+    One window at a time, which takes little memory. Not by token_loss: if you edit it, your edit
+    must not be what a run is measured by.
     """
     inputs, targets, _ = open_windows(cfg, meta, split)
     losses = []
@@ -697,10 +714,12 @@ def show_table(folder):
     runs = {}
     for path in sorted(Path(folder).glob("*.jsonl")):
         try:
-            runs[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+            records = [json.loads(line) for line in path.read_text().splitlines()]
         except ValueError:
             sys.exit(f"{path} is damaged; the command of this run writes it again")
-    runs = {name: records for name, records in runs.items() if len(records) > 1}
+        # A run has a log before its first evaluation. Other files are no runs.
+        if len(records) > 1 and "identity" in records[0]:
+            runs[path.stem] = records
     if "clm" not in runs:
         sys.exit(f"{folder} has no run to compare with; python rho.py --stage clm --out {folder}")
     clm_header, *_, goal = runs["clm"]
@@ -713,9 +732,10 @@ def show_table(folder):
         for key in ("val_loss", "right"):
             tokens = tokens_to_reach(runs[name], goal, key)
             fewer[key] = f"{goal['tokens'] / tokens:.1f} x" if tokens else "-"
+        right = f"{last['right']} of {last['questions']}" if "right" in last else "-"
         counts = [last["tokens"], last["tokens"] + first["tokens_before"], last["trained"]]
         row = [name, *[f"{count:,}" for count in counts]]
-        row += [f"{last['val_loss']:.3f}", fewer["val_loss"], last.get("right"), fewer["right"]]
+        row += [f"{last['val_loss']:.3f}", fewer["val_loss"], right, fewer["right"]]
         mine, theirs = first["identity"], clm_header["identity"]
         row.append(", ".join(what for what in mine if mine[what] != theirs.get(what)))
         rows.append(row)
@@ -840,8 +860,13 @@ def parse(argv=None):
 def run_config(cfg, stage, **changes):
     """The settings of one run, with the stage's defaults filled in: as it is run and logged."""
     usual_rule = "excess" if stage == "slm" else "all"
-    if cfg.select and stage in ("ref", "clm"):
-        sys.exit(f"--select: --stage {stage} trains on every token; use --stage slm")
+    # (In --stage all these flags are those of slm.)
+    if cfg.stage in ("ref", "clm"):
+        for flag in ("select", "ratio", "threshold"):
+            if getattr(cfg, flag) != getattr(Config, flag):
+                sys.exit(f"--{flag}: --stage {stage} trains on every token; use --stage slm")
+    if cfg.stage == "ref" and cfg.tokens != Config.tokens and cfg.ref_tokens == Config.ref_tokens:
+        sys.exit("--tokens: --stage ref reads --ref_tokens")
     if stage == "sft" and not cfg.init:
         sys.exit("--stage sft needs a model to start from, as --init out/demo/slm.pt")
     if cfg.batch_size % WORLD:
@@ -866,7 +891,7 @@ def run_config(cfg, stage, **changes):
         usual_name += "-mixed"
     run.name = run.name or usual_name
     if Path(run.name).name != run.name or (run.name in ("ref", "clm") and run.name != usual_name):
-        sys.exit(f"--name {run.name}: has to be a plain name, and not that of another stage")
+        sys.exit(f"--name {run.name}: needed is a plain name; ref and clm are names of usual runs")
     return run
 
 
@@ -885,8 +910,8 @@ def main(argv=None):
     if cfg.stage == "table":
         show_table(cfg.out)
         return
-    if cfg.stage == "all" and cfg.name:
-        sys.exit("--name: --stage all makes several runs; give another --out")
+    if cfg.stage == "all" and (cfg.name or cfg.select or cfg.corpus != Config.corpus):
+        sys.exit("--name, --select and --corpus belong to one run: give its --stage, too")
     start_ranks(cfg.device)
     # One rank makes the demo's text. The others wait.
     if RANK == 0 and cfg.data == Config.data and not Path(cfg.data, "meta.json").exists():
@@ -899,6 +924,9 @@ def main(argv=None):
         runs = [run_config(cfg, stage) for stage in ("ref", "clm", "slm")]
         in_all = cfg.tokens + cfg.ref_tokens
         runs.append(run_config(cfg, "clm", corpus="mixed", tokens=in_all))
+        # What the last one lacks should show now, and not when the others are done.
+        for run in runs:
+            open_windows(run, load_meta(run.data), run.split)
     else:
         runs = [run_config(cfg, cfg.stage)]
     for run in runs:

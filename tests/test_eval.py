@@ -30,6 +30,8 @@ needs_latex = pytest.mark.skipif(
 NUMBERS = r"""
 7+5=<<7+5=12>>12 eggs.⏎#### 12  == 12  != 7 ⏐ #### $1,250⏎#### 3  == 1250  != 3
 #### 2. Divide⏎The answer is 8.  == 8  != 2 ⏐ \boxed{3}, no:⏎#### -4  == -4  != 3
+#### 12. Divide⏎The answer is 8.  == 8  != 1 ⏐ #### 3.75 Euros  == 3.75 ⏐ #### 18 Apples  == 18
+#### −5  == -5  != 5 ⏐ So it is −5  == -5  != 5 ⏐ a change of –12 degrees  == -12 ⏐ 7–5  == 5
 Final Answer: The final answer is $[2,5)$. I hope it is correct.  == [2,5)  != 5
 So \boxed{24}. The final answer is $16$. I hope it is correct.  == 16  != 24
 The answer is 40 by guess. So \boxed{41}  == 41  != 40 ⏐ \boxed{19  == 19 ⏐ $\boxed 5$ of 9  == 5
@@ -45,11 +47,17 @@ The answer is 3 million dollars.  == 3000000  != 3 ⏐ The answer is 2 dozen egg
 The answer is minus 4.  == -4  != 4 ⏐ So the answer is +8 degrees.  == 8  != -8
 The answer is 12, 345  != 12345 ⏐ The answer is 12,345.  == 12345  != 12
 The answer is 9 500.  == 9500  != 9 ⏐ The answer is half of 8  != 8
+The answer is 3 hundred thousand.  == 300000  != 3 ⏐ The answer is 2 dozens  == 24
+The answer is 5. I hope this answer is helpful.  == 5 ⏐ It is 6. Her options are limited.  == 6
+The answer is 5 because 3 + 4 = 7.  == 5  != 7 ⏐ The answer is as follows: 12  == 12
+The answer is 5 × 3 = 15  == 15  != 5 ⏐ The answer is 5x3=15.  == 15 ⏐ The answer is 5 x = 15  != 15
+The answer is 2 cats + 5 dogs = 7 pets.  == 7  != 2 ⏐ The answer is simply 4.  == 4
 The answer is 80 + 48 + 4 = 132 miles.  == 132  != 80
 The answer is 75 percent.  == 3/4  != 0.76 ⏐ The answer is 12  == 12 (kg)  != 13 (kg)
 The answer is 26 rolls (14 at dawn, 12 at noon).  == 26  != 12
 The best answer is B  == B  != C ⏐ So the best answer is: (C)⏎Date: 11/02/2001  == C  != 2001
 ANSWER IS D. A is incorrect.  == D  != A ⏐ The answer is E because (A) is wrong.  == E  != A
+The answer is C, 15.  == C  != 15 ⏐ \boxed{\text{C. } 15}  == C ⏐ The answer is B, D  != B  == B, D
 The correct option is (c).  == C ⏐ \boxed{\text{E}}  == E ⏐ \boxed{C: a slower rate}  == C
 Answer: let me think⏎ANSWER: B  == B ⏐ Final answer: D.  == D ⏐ The answer is A number  != A
 \boxed{\text{6:15 p.m.}}  == 6:15 p.m.  != 6:16 p.m. ⏐ The answer is "even".  == \text{even}  != odd
@@ -64,6 +72,7 @@ LATEX = r"""
 \boxed{2x - 3y + 5 = 0}  == -2x + 3y - 5 = 0 ⏐ \boxed{y = 3x - 4}  == 3x - y = 4  != y = 3x + 4
 \boxed{y = 3x - 4}  == 3x-4 ⏐ \boxed{x = 5}  == 5  != y = 5 ⏐ \boxed{2x - y = 5}  != 5
 \boxed{3x = 6}  != 6 ⏐ \boxed{(4, +∞)}  == (4,\infty)  != [4,\infty) ⏐ \boxed{3·5}  == 15
+\boxed{$5 \times 3 = 15$}  == 15 ⏐ \boxed{\frac{6}{2} = 3}  == 3 ⏐ \boxed{2^3 = 8}  == 8
 \boxed{12 ÷ 5}  == \frac{12}{5} ⏐ \boxed{x \lt 6}  == x < 6  != x \le 6 ⏐ \boxed{√8}  == 2\sqrt2
 \boxed{x ≥ 3}  == x \geq 3 ⏐ \boxed{5 \text{ and } 9}  == 9, 5 ⏐ \boxed{2}. So \boxed{6}  != 2,6
 \boxed{x = -2} \quad \text{and} \quad \boxed{x = 1}  == -2, 1  != 1
@@ -125,7 +134,8 @@ def test_any_spelling_of_a_number_is_the_number(n, share):
 
 
 # Not plain numbers: none of them is the number in it.
-NO_NUMBER = """5x; x5; 2ab; 2 pi; 2c; 3 and 4; 3 or 4; 1 2; (3,4); 5 and a half; 3 thirds
+NO_NUMBER = """5 thousands; 5 trillion; 5 tenths; 3 fifths; 2 infinity; 5 base 6; 5 plus
+5x; x5; 2ab; 2 pi; 2c; 3 and 4; 3 or 4; 1 2; (3,4); 5 and a half; 3 thirds
 5!; 5^2; 2 squared; 2 log 3; 1/0; 3 times 4; 6_7; 4i; 5 - x; 5 + 2; 5 hundred; 3 + x; Mon. 5"""
 PAIRS = """0.5 == 50; 50% == 0.5; 75 != 3/4; 3 != 3000; 33.3333 == 100/3; 33.35 != 100/3
 1e3 == 1000; 10000 != 10001; 2001/2002 != 2011/2012; 2 1/2 == 2.5; 0 != 0.0001
@@ -282,7 +292,7 @@ def test_what_follows_the_end_does_not_count(stub, end):
 
 def test_the_next_question_s_token_stops_the_model(stub, monkeypatch):
     def encode(text):
-        return [7] if text == "Question" else [*text.encode()]
+        return [10, 7] if text == "\nQuestion" else [*text.encode()]
 
     monkeypatch.setattr(tokenizer, "encode", encode)
     model = writer({"One?": [*b" 1\n", 7]})
@@ -418,7 +428,8 @@ def test_end_to_end(folder, capsys):
     out = capsys.readouterr().out
     assert f"demo: {sum(record['correct'] for record in records)} of 2 right" in out
     run("--ckpt slm.pt --task data/demo/questions.jsonl --max_new_tokens 20")
-    assert "3 prompts shortened" in capsys.readouterr().out  # 8 examples are more than 256 bytes
+    # 8 examples are more than 256 bytes.
+    assert "3 prompts have fewer examples" in capsys.readouterr().out
 
 
 def test_all_prints_the_paper_beside_our_run(folder, capsys, monkeypatch):

@@ -381,7 +381,7 @@ def test_bfloat16_and_every_spelling_of_the_rotary_keys(transformers, tmp_path):
         {"rope_theta": 500.0, "rope_scaling": old},
         {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "rope_scaling": None},
     ):
-        edit(tmp_path, **spelled)
+        edit(tmp_path, **spelled, head_dim=None, tie_word_embeddings=None)
         gpt = load_hf(tmp_path)
         assert gpt.lm_head.weight.dtype == torch.float32
         close(gpt(TOKENS), original(TOKENS).logits)
@@ -399,7 +399,7 @@ REFUSED = {  # each with what the line names
     "logit_scale": {"logit_scale": 0.0625},
     "final_logit_softcapping": {"final_logit_softcapping": 30.0},
     "use_sliding_window": {"model_type": "qwen3", "use_sliding_window": True},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+    "rope_type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None},
     "low_freq_factor": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
     "full_attention": {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -432,6 +433,16 @@ def test_edited_code_is_another_run_and_a_comment_is_not(cfg, ref, monkeypatch):
         go(cfg, "slm")
 
 
+def test_all_says_what_the_last_run_lacks_before_the_first(cfg, tmp_path):
+    data = shutil.copytree(cfg.data, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    del meta["tokens"]["mixed"], meta["files"]["mixed.bin"]
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match="mixed.bin is missing.*--mix"):
+        rho.main(flags(cfg, data=data))
+    assert not Path(cfg.out).exists()
+
+
 def test_of_two_writers_the_second_is_refused(cfg):
     Path(cfg.out).mkdir()
     message = "clm.pt is being written by another"
@@ -498,6 +509,7 @@ def test_the_table_shows_own_runs_and_what_differs(cfg, ref, capsys, tmp_path):
     rho.main(["--stage", "table", "--out", cfg.out])
     said = capsys.readouterr().out.splitlines()
     ref, clm, mixed, mine = [set(line.replace(", ", " ").split()) for line in said[2:6]]
+    assert re.search(r"ref .* [0-3] of 3 ", said[2])
     assert "ref" in ref and "clm" in clm and "lr" not in clm
     assert {"clm-mixed", "mixed.bin"} < mixed and {"mine", "5,120", "lr", "select"} < mine
     Path(cfg.out, "mine.jsonl").write_text("{")
@@ -524,6 +536,11 @@ MISLEADING = """
 --stage clm --seed -1             => --seed
 --stage slm --select exces        => --select
 --stage clm --select random       => --select
+--stage clm --ratio 0.3           => --ratio
+--stage ref --threshold 1         => --threshold
+--stage ref --tokens 5e6          => --ref_tokens
+--select random                   => --stage
+--corpus mixed                    => --stage
 --stage slm --name ../x           => --name
 --stage slm --name clm            => --name
 --stage sft                       => --init
@@ -559,7 +576,7 @@ def test_every_field_is_a_flag():
 
 
 def test_ctrl_c_is_one_line(cfg, ref):
-    command = [sys.executable, rho.__file__, *flags(cfg, stage="clm", tokens=1e9)]
+    command = [sys.executable, rho.__file__, *flags(cfg, stage="slm", tokens=1e9, select="loss")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "parameters" in process.stdout.readline()
     time.sleep(0.5)
