@@ -335,6 +335,15 @@ def test_each_decimal_of_the_prose_stands_in_a_table():
     assert set(re.findall(numbers, prose)) <= known
 
 
+def test_the_sentence_on_seeds_6_and_7_is_of_their_logs():
+    logs = tables.Logs()
+    [sentence] = re.findall(r"Seeds 6 and 7.*? of 500 (.*?)\. ", PAGES[tables.HERE_PAGE])
+    right = [
+        logs.last(seed, run)["right"] for run in ("slm", "clm", "started", "ref") for seed in (6, 7)
+    ]
+    assert re.findall(r"\d+", sentence) == list(map(str, right))
+
+
 def test_all_logs_are_of_the_commit_that_the_page_names():
     logs = [path for path in tables.Logs().root.rglob("*.jsonl")]
     commits = {json.loads(path.read_text().split("\n")[0])["commit"] for path in logs}
