@@ -6,11 +6,11 @@ excess loss: its own loss minus the reference's. A token that neither model pred
 token that the student predicts well is learned already: both have a low excess.
 
 The demo: clean text is grade-school problems with worked answers ("target text" is text like it).
-The corpus is web-like pages in which such problems hide, most of them answered wrong, and 500
-held-out questions are asked. CLM (causal language modeling) is ordinary training on all tokens.
+The corpus is web-like pages that hide such problems, most of them answered wrong. The test is 500
+held-out questions. CLM (causal language modeling) is ordinary training on all tokens.
 
     command                               minutes (*)  correct answers after training
-    python rho.py                                   6  all of the next four, then their table
+    python rho.py                                   6  the next four runs, then their table
     python rho.py --stage ref                       1  reference, on clean text: 112 of 500
     python rho.py --stage clm                     1.5  all tokens of the corpus: 54 of 500
     python rho.py --stage slm                     1.5  the half with the most excess: 117 of 500
@@ -21,9 +21,9 @@ held-out questions are asked. CLM (causal language modeling) is ordinary trainin
     python rho.py --stage table                        all runs in out/demo, beside CLM
     (*) on two cores of a laptop; they need neither AVX-512 nor bfloat16
 
-The mixed corpus is SLM's rival: as many tokens as SLM and its reference read together. Why then
-SLM? It needs no clean text, only a model of it, which may be somebody else's. (In the demo SLM only
-draws level with its reference, which is as large as the student. Compare it with CLM.)
+The mixed corpus is SLM's rival: as many tokens as SLM and its reference read together. So why SLM?
+It needs no clean text, only a model trained on it, which may be somebody else's. (In the demo SLM
+only draws level with its reference, which is as large as the student. Compare it with CLM.)
 
     code              paper          where
     student_loss      L_theta(x_i)   section 2.2
@@ -47,7 +47,7 @@ Differences from the paper:
 
 How to read: THE METHOD and `train`; then what you need, in the order in which `train` calls it.
 After you have edited this file, give your runs a new --name (with --stage all, a new --out): a run
-is never resumed by other code than began it.
+resumes only with the code that began it.
 """
 
 import argparse
@@ -90,9 +90,9 @@ from prepare_data import get_tokenizer, load_meta, prepare_demo, run_script, who
 # Ordinary training averages token_loss over all tokens. SLM scores them, selects some, and averages
 # over those. Shapes: B windows (a micro-batch) of T tokens, V tokens in the vocabulary.
 
-# What each rule of `score_tokens` needs to know from the reference. A rule of your own is a line
-# here and a branch there; then --select knows it, too. If it needs another quantity of the
-# reference, compute that in `reference_values` and give score_tokens a parameter of its name.
+# What each rule of `score_tokens` needs to know from the reference. To add a rule, add a line here
+# and a branch there; --select then accepts it. If it needs another quantity of the reference,
+# compute that in `reference_values` and give score_tokens a parameter of the same name.
 NEEDS = {
     "excess": ["ref_loss"],
     "ref_loss": ["ref_loss"],
@@ -121,7 +121,7 @@ def score_tokens(select, student_loss, ref_loss=None, ref_entropy=None, generato
     excess: the student's loss minus the reference's, signed (equation 2).
     ref_loss: tokens that the reference finds easy (self-reference, section 3.4).
     ref_entropy: tokens whose prediction the reference is sure of (the same section).
-    ref_both: tokens of a low loss and a low entropy.
+    ref_both: tokens with a low loss and a low entropy.
     loss: tokens that the student finds hard.
     random: the control. all: ordinary training.
     """
@@ -153,9 +153,9 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     """Which tokens to train on, bool (B, T): the k highest scores, or all above a threshold.
 
     k = round(ratio * number of valid tokens), over the whole of `score` (equation 4). valid (B, T)
-    is False where there is nothing to learn. A rule excludes further tokens by a score of -inf: k
+    is False where there is nothing to learn. To exclude more tokens, a rule scores them -inf: k
     stays the same, and if fewer than k are left, all of them are selected.
-    ValueError: a score is NaN, or the scores have another shape than valid.
+    ValueError: a score is NaN, or score and valid differ in shape.
     """
     if valid is None:
         valid = torch.ones_like(score, dtype=torch.bool)
@@ -167,7 +167,7 @@ def select_tokens(score, ratio=None, threshold=None, valid=None):
     if threshold is not None:
         return score > threshold
     k = round(ratio * int(valid.sum()))
-    # The place of each token, 0 for the best. (Not topk: it gives the places of the chosen alone.)
+    # The place of each token, 0 for the best. (topk would give the places of the chosen only.)
     place = score.flatten().argsort(descending=True).argsort().view(score.shape)
     return (place < k) & (score > -torch.inf)  # (B, T)
 
@@ -180,13 +180,13 @@ def selective_loss(student_loss, mask):
     mask (B, T): bool, or weights of at least 0, which make it a weighted mean.
     """
     if mask.shape != student_loss.shape or not (mask >= 0).all():
-        raise ValueError(f"a mask has the shape {tuple(student_loss.shape)}, weights of at least 0")
+        raise ValueError(f"the mask needs shape {tuple(student_loss.shape)} and weights >= 0")
     return (student_loss * mask).sum(), mask.sum()
 
 
 # ==== flags =======================================================================================
 
-# Of torchrun's processes, the number of this one and how many there are.
+# The number of this process among torchrun's, and their count.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # check_available: a CUDA build of torch may run on a machine without a GPU.
@@ -231,7 +231,7 @@ class Config:
     warmup: float = 0.02  # share of the steps in which lr rises
     weight_decay: float = 0.1  # of the matrices in blocks
     clip: float = 1.0  # largest norm of the gradient
-    compile: bool = BEST_DEVICE == "cuda"  # use torch.compile
+    compile: bool = None  # use torch.compile; default: on cuda
     # Measuring and saving.
     evals: int = 9  # evaluations over the run, each with a checkpoint
     eval_windows: int = 64  # windows of held-out text in an evaluation
@@ -261,7 +261,7 @@ def train(cfg):
     optimizers = make_optimizers(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     identity = make_identity(cfg, meta, model, reference)
     first_step = 0
-    # Since the start of the run; and since the last evaluation.
+    # Totals since the start of the run, and since the last evaluation.
     sums = {"trained": 0, "empty_steps": 0, "seconds": 0.0}
     sums |= {"loss_since_eval": 0.0, "mask_since_eval": 0.0}
 
@@ -301,17 +301,17 @@ def train(cfg):
         for ids in micro_batches(cfg, step, len(inputs)):
             x, y, is_valid = [take(array, ids, cfg) for array in (inputs, targets, valid)]  # (B, T)
             # Stored values. If your reference changes during training, compute them here instead.
-            known = {name: take(array, ids, cfg) for name, array in ref_values.items()}
+            ref = {name: take(array, ids, cfg) for name, array in ref_values.items()}
             generator = generator_for(cfg, step, ids)
 
             with precision(cfg.device):
                 logits = compiled(x)  # (B, T, V)
             # 1. The student's loss on every token.
             student_loss = token_loss(logits, y)  # (B, T)
-            # Now, since 0 * NaN is NaN: a loss would spoil the sum even where the mask is 0.
+            # Check now: 0 * NaN is NaN, so even a token that is not selected would spoil the sum.
             check_finite(student_loss.detach().sum(), cfg, step)
             # 2. What each token is worth.
-            score = score_tokens(cfg.select, student_loss, **known, generator=generator)  # (B, T)
+            score = score_tokens(cfg.select, student_loss, **ref, generator=generator)  # (B, T)
             # 3. The tokens to train on.
             mask = select_tokens(score, cfg.ratio, cfg.threshold, is_valid)  # (B, T)
             # 4. The loss on those tokens: numerator and denominator of equation 3.
@@ -322,12 +322,12 @@ def train(cfg):
 
         sum_over_ranks([batch_sums, *[p.grad for p in model.parameters()]])
         batch_loss, batch_mask, n_trained = batch_sums.tolist()
-        # If no token was selected there is nothing to learn. A step would still move the weights,
-        # by momentum and weight decay: so none is made.
+        # If no token was selected there is nothing to learn. Momentum and weight decay would still
+        # move the weights, so the step is skipped.
         if batch_mask > 0:
             # The division of equation 3. It comes after backward, because only now all
-            # micro-batches of all ranks have said how many tokens they selected. (Where each
-            # selects equally many, it is nanoGPT's division by gradient_accumulation_steps.)
+            # micro-batches of all ranks have said how many tokens they selected. (With equal counts
+            # this is nanoGPT's division by gradient_accumulation_steps.)
             for p in model.parameters():
                 p.grad /= batch_mask
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -352,7 +352,7 @@ def train(cfg):
             check_finite(records[-1]["val_loss"], cfg, step)
             sums["loss_since_eval"] = sums["mask_since_eval"] = 0.0
         if RANK == 0 and (is_eval or time.time() - last_save > 60 * cfg.save_minutes):
-            # All that a resumed run needs to end with the same weights: bit by bit on a CPU, with
+            # All that a resumed run needs to end with the same weights: bit for bit on a CPU, with
             # as many threads. Have you added something that changes from step to step (a second
             # model, a running mean)? Update it above this line, save it here, and load it where
             # `saved` is loaded. Draw random numbers from `generator`, not from torch's own state.
@@ -406,12 +406,12 @@ def open_model(path, cfg, meta):
 
 # ==== what makes two runs the same ================================================================
 
-# A run is resumed, or called finished, only if its flags, data, first weights and code are those
-# that began it. So no old result can pass for one of an edited rule.
+# A run is resumed, or called finished, only if flags, data, first weights and code are those it
+# began with. So no old result can pass for one of an edited rule.
 
 
 def code_of(text, names=None):
-    """A hash of a Python text, or of some of its functions, without comments and docstrings."""
+    """A hash of Python code, or of some of its functions, without comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -430,8 +430,7 @@ CODE = {name: code_of(text) for name, text in TEXTS.items()}
 SCORING = ("open_windows", "take", "precision", "is_bf16", "token_loss", "reference_values")
 SCORING_CODE = code_of(TEXTS["rho.py"], SCORING)
 
-# Flags that are not compared: they change no number, or they name files and folders, of which the
-# contents are compared.
+# Flags that are not compared: they change no number, or name files whose contents are compared.
 NO_MATTER = {"stage", "data", "out", "name", "init", "reference", "ref_tokens", "corpus"}
 NO_MATTER |= {"restart", "save_minutes"}
 
@@ -453,17 +452,21 @@ def make_identity(cfg, meta, model, reference):
 
 def header(cfg, model, identity):
     """The first record of a log: what is run, with what, and where."""
-    # Tokens that other models read before this run could begin. Those of a folder are unknown.
-    before = 0
-    for path in {Path(path).resolve() for path in (cfg.reference, cfg.init)}:
-        if path.is_file():
-            records = load_checkpoint(path)["records"]
-            before += records[-1]["tokens"] + records[0]["tokens_before"]
+    # Tokens that other models read before this run could begin, {run: tokens}: if the reference
+    # began with the same --init, that counts once. Those of a folder are unknown.
+    read_before = {}
+    for path in (cfg.reference, cfg.init):
+        if Path(path).is_file():
+            checkpoint = load_checkpoint(path)
+            first, *_, last = checkpoint["records"]
+            run = sha256(repr(checkpoint["identity"]).encode()).hexdigest()[:16]
+            read_before |= {**first.get("read_before", {}), run: last["tokens"]}
     return {
         "flags": asdict(cfg),  # among them the device
         "identity": identity,
         "params": model.num_params(),
-        "tokens_before": before,
+        "read_before": read_before,
+        "tokens_before": sum(read_before.values()),
         "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -546,8 +549,8 @@ def micro_batches(cfg, step, n):
 
 def take(array, ids, cfg):
     """Some windows of an array, on the device: token ids as int64, losses as float32, or bool."""
-    wide = {"u": np.int64, "f": np.float32, "b": np.bool_}[array.dtype.kind]
-    return torch.from_numpy(array[ids].astype(wide)).to(cfg.device)
+    dtype = {"u": np.int64, "f": np.float32, "b": np.bool_}[array.dtype.kind]
+    return torch.from_numpy(array[ids].astype(dtype)).to(cfg.device)
 
 
 def generator_for(cfg, step, ids):
@@ -590,7 +593,7 @@ def score_corpus(cfg, meta, reference, inputs, targets):
                         x, y = take(inputs, ids, cfg), take(targets, ids, cfg)
                         new = reference_values(name, reference, x, y)
                         if not np.isfinite(new).all():
-                            sys.exit(f"{cfg.reference}: its {name} is not finite; train it anew")
+                            sys.exit(f"{cfg.reference}: its {name} is not finite; retrain it")
                         values[ids[missing]] = new[missing]
         wait_for_ranks()
     return scores
@@ -603,7 +606,7 @@ def open_scores(path, shape):
             for _ in range(shape[0]):
                 file.write(np.full(shape[1], np.nan, np.float16).tobytes())
     wait_for_ranks()
-    # np.memmap would lengthen a shorter file by zeros, which look like scores.
+    # np.memmap would pad a shorter file with zeros, which look like scores.
     if path.stat().st_size != 2 * math.prod(shape):
         sys.exit(f"{path} is cut short; delete it, and the same command scores again")
     return np.memmap(path, np.float16, "r+", shape=shape)
@@ -611,7 +614,7 @@ def open_scores(path, shape):
 
 @torch.no_grad()
 def reference_values(name, reference, x, y):
-    """Of each target its loss, or the entropy of its prediction, in nats: float16 (B, T)."""
+    """The loss of each target, or the entropy of its prediction, in nats: float16 (B, T)."""
     with precision(x.device):
         logits = reference(x).float()  # (B, T, V)
     if name == "ref_loss":
@@ -648,8 +651,8 @@ def evaluate(cfg, meta, model, step, sums):
     """What runs are compared on, as the record of a log; also printed.
 
     val_loss is the mean loss of target text, selected or not; val_corpus_loss is that of corpus
-    text, whose single losses go to OUT/NAME-STEP.npy, for pictures. selected_loss is a mean over
-    different tokens in each run: do not compare runs by it.
+    text. (Its loss of each token goes to OUT/NAME-STEP.npy, for pictures.) selected_loss is a mean
+    over different tokens in each run: do not compare runs by it.
     """
     started = time.time()
     model.eval()
@@ -670,7 +673,7 @@ def evaluate(cfg, meta, model, step, sums):
     if cfg.questions and question_path.exists():
         questions = load_questions(question_path, cfg.questions)
         tokenizer = get_tokenizer(meta["tokenizer"])
-        rows = 2**16 // cfg.block_size  # 65,536 tokens at once
+        rows = max(1, 2**16 // cfg.block_size)  # 65,536 tokens at once
         answers = answer_questions(model, tokenizer, questions, batch_size=rows)
         record["right"] = sum(answer["correct"] for answer in answers)
         record["questions"] = len(answers)
@@ -680,7 +683,7 @@ def evaluate(cfg, meta, model, step, sums):
     losses = f"target loss {record['val_loss']:.3f}  corpus loss {record['val_corpus_loss']:.3f}"
     say(f"{cfg.name:>11} {record['tokens']:>13,} tokens  {losses}{answered}")
     if sums["empty_steps"]:
-        say(f"{cfg.name}: {sums['empty_steps']} steps selected no token, and were not made")
+        say(f"{cfg.name}: {sums['empty_steps']} steps selected no token, and were skipped")
     return record
 
 
@@ -705,9 +708,9 @@ def held_out_loss(cfg, meta, model, split):
 
 
 def show_table(folder):
-    """Print the last evaluation of each run, and in what the run differs from clm.
+    """Print the last evaluation of each run, and how the run differs from clm.
 
-    fewer: the tokens of clm, over those that the run needed to be as good as clm ends.
+    fewer: clm's tokens, divided by those that the run needed to match clm's last evaluation.
     """
     import pandas
 
@@ -717,7 +720,7 @@ def show_table(folder):
             records = [json.loads(line) for line in path.read_text().splitlines()]
         except ValueError:
             sys.exit(f"{path} is damaged; the command of this run writes it again")
-        # A run has a log before its first evaluation. Other files are no runs.
+        # Only runs, and only those that have been evaluated.
         if len(records) > 1 and "identity" in records[0]:
             runs[path.stem] = records
     if "clm" not in runs:
@@ -728,26 +731,27 @@ def show_table(folder):
     rows = []
     for name in sorted(runs, key=lambda name: (name != "ref", name != "clm", name)):
         first, *_, last = runs[name]
+        is_finished = last["step"] == Config(**first["flags"]).steps
         fewer = {}
         for key in ("val_loss", "right"):
             tokens = tokens_to_reach(runs[name], goal, key)
             fewer[key] = f"{goal['tokens'] / tokens:.1f} x" if tokens else "-"
         right = f"{last['right']} of {last['questions']}" if "right" in last else "-"
         counts = [last["tokens"], last["tokens"] + first["tokens_before"], last["trained"]]
-        row = [name, *[f"{count:,}" for count in counts]]
+        row = [name if is_finished else f"{name} (unfinished)", *[f"{n:,}" for n in counts]]
         row += [f"{last['val_loss']:.3f}", fewer["val_loss"], right, fewer["right"]]
         mine, theirs = first["identity"], clm_header["identity"]
         row.append(", ".join(what for what in mine if mine[what] != theirs.get(what)))
         rows.append(row)
     print(f"\n{pandas.DataFrame(rows, columns=columns).to_string(index=False)}\n")
     print("in all: with the tokens of its reference, and of the model that it started from.")
-    print("fewer: the tokens of clm, over those that the run needed to be as good as clm ends.")
+    print("fewer: clm's tokens / tokens that the run needed to match clm's last evaluation.")
 
 
 def tokens_to_reach(records, goal, key):
     """Tokens seen when a run reached the goal for good; None if it ends worse.
 
-    For good: from then on it is never worse. Between two evaluations on a straight line.
+    For good: from then on it is never worse. Linear between two evaluations.
     """
     if key not in goal or key not in records[-1]:
         return None
@@ -766,7 +770,7 @@ def tokens_to_reach(records, goal, key):
 
 
 def is_bf16(device):
-    """Whether models compute in bfloat16: where the GPU has it. Elsewhere in float32."""
+    """True where the GPU supports bfloat16. Elsewhere models compute in float32."""
     return "cuda" in str(device) and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -786,7 +790,7 @@ def start_ranks(device):
 
 
 def sum_over_ranks(tensors):
-    """Sum each tensor over the ranks, in place. (DDP would form the mean, in each backward.)"""
+    """Sum each tensor over the ranks, in place. (DDP would average, in each backward.)"""
     if WORLD > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -803,7 +807,7 @@ def say(message):
 
 
 def progress_bar(steps, what):
-    hide = True if RANK > 0 else None  # None: hide it if the output is no terminal
+    hide = True if RANK > 0 else None  # None: hide it if the output is not a terminal
     return tqdm(steps, what, disable=hide, leave=False)
 
 
@@ -860,11 +864,8 @@ def parse(argv=None):
 def run_config(cfg, stage, **changes):
     """The settings of one run, with the stage's defaults filled in: as it is run and logged."""
     usual_rule = "excess" if stage == "slm" else "all"
-    # (In --stage all these flags are those of slm.)
-    if cfg.stage in ("ref", "clm"):
-        for flag in ("select", "ratio", "threshold"):
-            if getattr(cfg, flag) != getattr(Config, flag):
-                sys.exit(f"--{flag}: --stage {stage} trains on every token; use --stage slm")
+    if cfg.select and stage in ("ref", "clm"):
+        sys.exit(f"--select: --stage {stage} trains on every token; use --stage slm")
     if cfg.stage == "ref" and cfg.tokens != Config.tokens and cfg.ref_tokens == Config.ref_tokens:
         sys.exit("--tokens: --stage ref reads --ref_tokens")
     if stage == "sft" and not cfg.init:
@@ -877,7 +878,12 @@ def run_config(cfg, stage, **changes):
     if run.threshold is not None:
         run.ratio = None
     if run.select == "all":
+        # With --stage all, these flags are slm's.
+        if cfg.stage != "all" and (cfg.ratio, cfg.threshold) != (Config.ratio, None):
+            sys.exit(f"--ratio, --threshold: --stage {stage} trains on every token")
         run.ratio, run.threshold = 1.0, None
+    if run.compile is None:
+        run.compile = run.device == "cuda"
     if not NEEDS[run.select]:
         run.reference = ""
     elif not run.reference:
@@ -891,7 +897,7 @@ def run_config(cfg, stage, **changes):
         usual_name += "-mixed"
     run.name = run.name or usual_name
     if Path(run.name).name != run.name or (run.name in ("ref", "clm") and run.name != usual_name):
-        sys.exit(f"--name {run.name}: needed is a plain name; ref and clm are names of usual runs")
+        sys.exit(f"--name {run.name}: use a plain name; ref and clm are reserved")
     return run
 
 
@@ -924,7 +930,7 @@ def main(argv=None):
         runs = [run_config(cfg, stage) for stage in ("ref", "clm", "slm")]
         in_all = cfg.tokens + cfg.ref_tokens
         runs.append(run_config(cfg, "clm", corpus="mixed", tokens=in_all))
-        # What the last one lacks should show now, and not when the others are done.
+        # If the last one lacks data, say so now, and not when the others are done.
         for run in runs:
             open_windows(run, load_meta(run.data), run.split)
     else:

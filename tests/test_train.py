@@ -253,9 +253,14 @@ def test_bf16_trains_as_float32_does(cfg, ref, monkeypatch):
 def test_training_lowers_the_loss_and_goes_on_from_init(cfg):
     _, records = go(cfg, "clm", tokens=25_600, lr=3e-3)
     assert records[-1]["val_corpus_loss"] < records[1]["val_corpus_loss"] - 0.3
-    _, more = go(cfg, "clm", name="more", init=f"{cfg.out}/clm.pt", lr=1e-5, evals=10)
+    base = f"{cfg.out}/clm.pt"
+    _, more = go(cfg, "clm", name="more", init=base, lr=1e-5, evals=10)
     assert more[1]["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=0.05)
-    assert more[0]["tokens_before"] == 25_600
+    # What reference and student both began with counts once.
+    _, ref = go(cfg, "ref", init=base)
+    _, slm = go(cfg, "slm", init=base)
+    before = [records[0]["tokens_before"] for records in (more, ref, slm)]
+    assert before == [25_600, 25_600, 25_600 + 2560]
 
 
 def test_held_out_loss_is_the_mean_over_all_tokens_whatever_is_trained(cfg, monkeypatch):
@@ -512,6 +517,10 @@ def test_the_table_shows_own_runs_and_what_differs(cfg, ref, capsys, tmp_path):
     assert re.search(r"ref .* [0-3] of 3 ", said[2])
     assert "ref" in ref and "clm" in clm and "lr" not in clm
     assert {"clm-mixed", "mixed.bin"} < mixed and {"mine", "5,120", "lr", "select"} < mine
+    path = Path(cfg.out, "clm.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    rho.main(["--stage", "table", "--out", cfg.out])
+    assert "clm (unfinished)" in capsys.readouterr().out
     Path(cfg.out, "mine.jsonl").write_text("{")
     for out, named in ((cfg.out, "mine.jsonl"), (tmp_path, "--stage clm")):
         with pytest.raises(SystemExit, match=named):
@@ -537,6 +546,7 @@ MISLEADING = """
 --stage slm --select exces        => --select
 --stage clm --select random       => --select
 --stage clm --ratio 0.3           => --ratio
+--stage sft --init x --ratio 0.3  => --ratio
 --stage ref --threshold 1         => --threshold
 --stage ref --tokens 5e6          => --ref_tokens
 --select random                   => --stage
