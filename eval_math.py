@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 import torch
 from tqdm import tqdm
 
-from model import check_rows, generate, load_model
+from model import BEST_DEVICE, check_rows, generate, load_model
 from prepare_data import get_tokenizer, read_rows, run_script, whole_file
 
 # ---- Numbers: all that the demo and GSM8K need ----
@@ -42,7 +42,7 @@ COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # of thousands; in "12,
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
 NUMBER = rf"(?:[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|{DECIMAL})"  # 2 1/2, 3/4, 1.5, 1.5e3
 # A heading such as "#### 2. Add them" is no answer.
-GSM8K = re.compile(rf"#### {{0,3}}(?![0-9]+[.)] +[A-Z])(-?\$?-?{NUMBER}%?)")
+GSM8K = re.compile(rf"#### {{0,3}}(?![0-9]+[.)] +[A-Z])((?:- ?)?\$?-?{NUMBER}%?)")
 
 
 def gsm8k_answer(text):
@@ -118,8 +118,9 @@ WORDS = re.compile(r"\\(?:text|mbox|operatorname|math(?=rm|bf|it|sf))[a-z]*\s*\{
 
 
 def plain(text):
-    r"""The text with `\text{cm}` as cm, `\(` as $, signs in LaTeX, and without <<3*4=12>>."""
+    r"""The text with `\text{cm}` as cm, `\(` as $, signs in LaTeX, without <<3*4=12>> and **."""
     text = re.sub("<<[^<>]*>>", "", text.translate(SIGNS))
+    text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])", "", text)  # **17** apples, but 2**3
     return re.sub(r"(?<!\\)\\[()\[\]]", "$", WORDS.sub(r" \1 ", text))
 
 
@@ -384,9 +385,18 @@ def read_question(row, prompt):
     if "table" in row:  # TabMWP
         title = f" of {row['table_title']}" if "table_title" in row else ""
         question = f"Here is a table{title}.\n{row['table']}\n{question}"
+    if isinstance(answer, (list, dict)):
+        raise TypeError
     options = row.get("options", row.get("choices", row.get("possible answers")))
+    if isinstance(options, dict):  # {"A": "12", ...}, or {"text": ["12", ...], "label": [...]}
+        options = options.get("text", [*options.values()])
+    # The answer is a letter or place, and no option itself.
+    is_place = re.fullmatch("[A-Ea-e0-4]", str(answer).strip())
+    if options and is_place and not (isinstance(options, list) and answer in options):
+        prompt = "choice"
     if prompt == "choice":
-        answer = "ABCD"[answer] if isinstance(answer, int) else answer.strip().upper()
+        answer = str(answer).strip().upper()
+        answer = "ABCDE"[int(answer)] if answer.isdigit() else answer
         options = zip("ABCDE", read_options(options), strict=False)
         options = ", ".join(f"({letter}) {option}" for letter, option in options)
         question = f"{question}\n{CHOOSE}\n{options}"
@@ -433,7 +443,7 @@ def load_questions(path, n=None, task=OWN):
             questions.append(read_question(row, task.prompt))
         except (StopIteration, AttributeError, IndexError, TypeError):
             fields = ", ".join(row)
-            sys.exit(f"{path or task.hub}: row {number} has no question and answer, but {fields}")
+            sys.exit(f"{path or task.hub}: row {number} has no question and answer in {fields}")
     return questions or sys.exit(f"{path or task.hub} holds no questions")
 
 
@@ -501,12 +511,19 @@ def make_prompt(tokenizer, question, shots, room):
     return tokens, kept
 
 
+# Where a letter is asked for: (B), or B. and "B: 12" at the beginning, or option B.
+LETTER = re.compile(r"\(([A-Ea-e])\)|^\W*([A-Ea-e])(?=[).:]|\W*$)|(?:[Oo]ption|[Ii]t's) ([A-E])\b")
+
+
 def judge(question, completion):
     """{question, completion, prediction, gold, correct} of one answer."""
     gold = question["answer"]
-    if re.search("####|boxed", gold):
+    if re.search("####|boxed", gold) or MARKER.search(gold):
         gold = extract_answer(gold)
     prediction = extract_answer(completion)
+    if re.fullmatch("[A-E]", gold) and not re.fullmatch("[A-E]", prediction or ""):
+        for found in LETTER.finditer(completion):  # the last one counts
+            prediction = found[found.lastindex].upper()
     verdict = {"prediction": prediction, "gold": gold, "correct": is_equiv(prediction, gold)}
     return {"question": question["question"], "completion": completion, **verdict}
 
@@ -573,8 +590,9 @@ def evaluate_task(args, name, model, tokenizer):
     percent = 100 * right / len(records)
     paper = f" (the paper: CLM {task.clm}, SLM {task.slm})" if name in TASKS else ""
     print(f"\n{name}: {right} of {len(records)} right, {percent:.1f} %{paper}; answers in {out}")
-    short = sum(record["shots"] != shots for record in records)
-    print(f"{short} prompts have fewer examples, or were not asked and are wrong, for lack of room")
+    unasked = sum(record["shots"] is None for record in records)
+    short = sum(record["shots"] != shots for record in records) - unasked
+    print(f"for lack of room {short} have fewer examples, and {unasked} were not asked (wrong)")
     return percent
 
 
@@ -589,10 +607,12 @@ def main(argv=None):
     flag("--shots", type=int, choices=range(9), help="examples (default: 8 or 4; demo: 0)")
     flag("--batch_size", type=int, default=64, help="prompts answered at a time (default: 64)")
     flag("--max_new_tokens", type=int, default=256, help="longest answer (default: 256)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    flag("--device", default=BEST_DEVICE, choices=sorted({BEST_DEVICE, "cpu"}))
     args = parser.parse_args(argv)
-    if min(args.batch_size, args.max_new_tokens) < 1:
-        sys.exit("--batch_size and --max_new_tokens have to be at least 1")
+    if min(args.batch_size, args.max_new_tokens, 1 if args.n is None else args.n) < 1:
+        sys.exit("--batch_size, --max_new_tokens and --n have to be at least 1")
+    if args.file and args.task not in [*TASKS, "all"]:
+        sys.exit(f"--file is the file of a named --task; for your own: --task {args.file}")
     model, checkpoint = load_model(args.ckpt, args.device)
     if "tokenizer" not in checkpoint:
         sys.exit(f"{args.ckpt} has no tokenizer (a folder needs a tokenizer.json)")

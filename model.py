@@ -27,6 +27,10 @@ from torch import nn
 
 from prepare_data import get_tokenizer, one_line, run_script, tokenizer_spec
 
+# check_available: a CUDA build of torch may run on a machine without a GPU.
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+BEST_DEVICE = ACCELERATOR.type if ACCELERATOR else "cpu"
+
 # ==== the network =================================================================================
 
 

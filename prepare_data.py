@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import unicodedata
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -363,7 +364,7 @@ def read_blocks(path, packed, source, size=1 << 18, longest=-1):
             characters += len(block)
             replaced += block.count("\ufffd")
             if "\0" in block or replaced > characters / 100:
-                sys.exit(f"{path} is not UTF-8: iconv -f UTF-16 (or LATIN1) -t UTF-8")
+                sys.exit(f"{path} is not UTF-8: iconv -f UTF-16 (or CP1252) -t UTF-8")
             yield raw.tell() / os.path.getsize(path), block
     if replaced:
         source.counts["characters replaced"] += replaced
@@ -392,7 +393,7 @@ def json_rows(lines):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                row = ValueError(f"not JSON: {error}")  # for --skip_bad; the file may go on
+                row = ValueError(f"not JSON, one row a line: {error}")  # the file may go on
             yield share, row
 
 
@@ -496,7 +497,7 @@ def chat(turns):
             # null is an empty turn, as where a tool is called
             text = plain_text({role: content or ""}, role)
             line_start = "\n" if parts else ""
-            parts += [(f"{line_start}{role}:", 0), (f" {text}", int(role in ANSWERERS))]
+            parts += [(f"{line_start}{role}:", 0), (f" {text}", int(role.lower() in ANSWERERS))]
     return parts
 
 
@@ -648,6 +649,8 @@ def write_answers(work, documents, tokenizer, meta):
     with whole_file(work / "sft_mask.bin") as file:
         file.write(mask)
     meta["tokens"]["sft"] = len(mask)
+    if not any(mask):
+        sys.exit(f"--sft has no answer; in a chat, answers are of {', '.join(ANSWERERS)}")
 
 
 # ==== Mixing: clean text in the corpus, its plainest use ==========================================
@@ -838,7 +841,7 @@ def tokenizer_spec(name):
         config = path.with_name("tokenizer_config.json")
         with one_line(path, "Damaged? Fetch it again. It needs: pip install tokenizers"):
             named = json.loads(config.read_bytes()) if config.exists() else {}
-            return file_spec(path.read_text("utf-8"), path.parent.name, named.get("eos_token"))
+            return file_spec(path.read_text("utf-8"), path.name, named.get("eos_token"))
     names = tiktoken.list_encoding_names()
     if name in names:
         bpe = get_tokenizer({"name": name, "n_vocab": 1, "eot": 0}).bpe
@@ -1027,7 +1030,7 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, d
         parts = question_parts(question, "", worked)
         pairs.append(Document("", parts, Source("sft", "demo")))
     command = f"python prepare_data.py --seed {seed} --n_ref {n_ref} --max_tokens {n_train}"
-    command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {folder}"
+    command += f" --wrong {wrong} --dirty {dirty} --mix {mix} --out {shlex.quote(str(folder))}"
     meta = {**new_meta(spec, seed, command), "kinds": KINDS}
     all_kinds = {}
     with new_folder(folder) as work:
@@ -1060,12 +1063,12 @@ def prepare_demo(folder, seed=1337, n_ref=5000, n_train=3_200_000, wrong=0.75, d
 # ==== What all four scripts share =================================================================
 
 
-def run_script(main):
+def run_script(main, after_ctrl_c="what was not finished starts anew"):
     """main(), where Ctrl-C, a full disk, a missing file, ... end in one line and no traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(f"interrupted; {after_ctrl_c}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # a `| head` has seen enough
         # Python would flush to the closed pipe once more.
@@ -1164,7 +1167,7 @@ def main(argv=None):
         prepare_demo(args.out, args.seed, args.n_ref, n_train, args.wrong, args.dirty, args.mix)
     else:
         sources = find_sources(args)
-        prepare_text(args, sources, " ".join(["python prepare_data.py", *argv]))
+        prepare_text(args, sources, shlex.join(["python", "prepare_data.py", *argv]))
         print(*sources, sep="\n")
     print(f"{args.out} is written")
 

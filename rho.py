@@ -76,6 +76,7 @@ from tqdm import tqdm
 
 from eval_math import answer_questions, load_questions
 from model import (
+    BEST_DEVICE,
     GPT,
     GPTConfig,
     check_rows,
@@ -189,9 +190,6 @@ def selective_loss(student_loss, mask):
 # The number of this process among torchrun's, and their count.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-# check_available: a CUDA build of torch may run on a machine without a GPU.
-ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
-BEST_DEVICE = ACCELERATOR.type if ACCELERATOR else "cpu"
 
 
 @dataclass
@@ -441,6 +439,8 @@ def make_identity(cfg, meta, model, reference):
     model: with its first weights, before a checkpoint is loaded into it.
     """
     flags = {name: value for name, value in asdict(cfg).items() if name not in NO_MATTER}
+    # After --init the shape is that of the file, whatever the flags say.
+    flags |= {name: value for name, value in asdict(model.config).items() if name in flags}
     text = [f"{cfg.split}.bin", f"{cfg.split}_mask.bin"]
     text += ["val.bin", "val_corpus.bin", "questions.jsonl"]
     files = {name: digest for name, digest in meta["files"].items() if name in text}
@@ -678,6 +678,9 @@ def evaluate(cfg, meta, model, step, sums):
         record["right"] = sum(answer["correct"] for answer in answers)
         record["questions"] = len(answers)
         answered = f"  {record['right']:>3} of {len(answers)} right"
+        too_long = sum(answer["shots"] is None for answer in answers)
+        if too_long:
+            answered += f" ({too_long} not asked: longer than --block_size)"
     model.train()
     record["eval_seconds"] = round(time.time() - started, 2)
     losses = f"target loss {record['val_loss']:.3f}  corpus loss {record['val_corpus_loss']:.3f}"
@@ -753,7 +756,7 @@ def tokens_to_reach(records, goal, key):
 
     For good: from then on it is never worse. Linear between two evaluations.
     """
-    if key not in goal or key not in records[-1]:
+    if key not in goal or key not in records[-1] or goal[key] == 0:  # no answer is right: no goal
         return None
     sign = 1 if key == "right" else -1  # more answers are better, and less loss
     points = [(record["tokens"], sign * (record[key] - goal[key])) for record in records[1:]]
@@ -947,4 +950,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "the same command, without --restart, continues")

@@ -344,6 +344,16 @@ def test_sft_masks_answers_and_the_token_that_ends_them(text):
     assert learned.replace(".", "") == " 2| 3| yo" * 2 and learned[0] == learned[-1] == "."
 
 
+def test_pairs_without_an_answer_are_refused(text):
+    for role in ("Assistant", "narrator"):
+        row = {"messages": [{"role": "user", "content": "hi"}, {"role": role, "content": "yo"}]}
+        path = write_jsonl("sft.jsonl", [row])
+        if role == "Assistant":
+            run(*text[0], "--sft", path)
+        else:
+            assert "--sft has no answer" in refused(*text[0], "--sft", path)
+
+
 def test_a_token_over_a_seam_belongs_to_the_later_part():
     """ "ab" is a token, and becomes another one when "c" follows."""
     spec = byte_spec(258)
@@ -747,7 +757,7 @@ def test_a_stopped_run_says_so_and_of_two_writers_one_waits_for_nothing(text, mo
     monkeypatch.setattr(prepare_data, "write_split", interrupted)
     with pytest.raises(SystemExit, match="130"):
         prepare_data.run_script(lambda: run(*text[0]))
-    assert capsys.readouterr().err == "interrupted; the same command continues\n"
+    assert capsys.readouterr().err == "interrupted; what was not finished starts anew\n"
     assert sorted(os.listdir(".")) == ["ref.jsonl", "web.jsonl"]
 
 
@@ -849,6 +859,7 @@ def test_a_tokenizer_json_is_what_transformers_makes_of_it(text, kind, start):
     Path("model").rename("elsewhere")
     meta = load_meta("out")
     tokenizer = get_tokenizer(meta["tokenizer"])
+    assert meta["tokenizer"] == tokenizer_spec("elsewhere")
     assert [tokenizer.encode(text) for text in texts] == wanted
     assert [list(ids) for ids in tokenizer.encode_batch(texts)] == wanted
     assert tokenizer.decode([10**6, -1, *tokenizer.encode("odd")]) == "odd"

@@ -31,6 +31,7 @@ NUMBERS = r"""
 7+5=<<7+5=12>>12 eggs.⏎#### 12  == 12  != 7 ⏐ #### $1,250⏎#### 3  == 1250  != 3
 #### 2. Divide⏎The answer is 8.  == 8  != 2 ⏐ \boxed{3}, no:⏎#### -4  == -4  != 3
 #### 12. Divide⏎The answer is 8.  == 8  != 1 ⏐ #### 3.75 Euros  == 3.75 ⏐ #### 18 Apples  == 18
+#### - 5  == -5  != 5 ⏐ **Answer**: **17** apples  == 17 ⏐ so 2**3  != 23
 #### −5  == -5  != 5 ⏐ So it is −5  == -5  != 5 ⏐ a change of –12 degrees  == -12 ⏐ 7–5  == 5
 Final Answer: The final answer is $[2,5)$. I hope it is correct.  == [2,5)  != 5
 So \boxed{24}. The final answer is $16$. I hope it is correct.  == 16  != 24
@@ -370,6 +371,37 @@ def test_a_set_is_read_from_its_file_and_from_the_hub(
         load_questions(None, task=task)
 
 
+OPTIONS = [["3", "4"], "A) 3 B) 4", {"A": "3", "B": "4"}, {"text": ["3", "4"], "label": ["A", "B"]}]
+
+
+def test_options_of_own_rows_are_asked_with_letters(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for answer in (1, "1", "B", "b"):
+        rows = [{"question": "P", "answer": answer, "choices": options} for options in OPTIONS]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        asked = f"P\n{eval_math.CHOOSE}\n(A) 3, (B) 4"
+        expected = {"question": asked, "answer": "B", "prompt": "choice"}
+        assert load_questions(path) == [expected] * len(OPTIONS)
+    path.write_text('{"question": "P", "answer": "3", "options": ["3", "4"]}')
+    assert load_questions(path)[0]["answer"] == "3"
+    path.write_text('{"question": "P", "answer": ["3", "three"]}')
+    with pytest.raises(SystemExit, match="row 1 has no question and answer"):
+        load_questions(path)
+
+
+SAID = "B; (B); B.; **B**; Option (B); It's B.; Therefore, (B) is right.; B. 60; it is 12 (B)"
+
+
+def test_an_answer_in_words_and_letters_said_plainly():
+    question = {"question": "P", "answer": "So 2 + 2 = 4. The answer is 4."}
+    assert eval_math.judge(question, " 2 + 2 is 4.")["correct"]
+    assert not eval_math.judge(question, " 2 + 2 is 5.")["correct"]
+    for said in SAID.split("; "):
+        verdicts = [eval_math.judge({"question": "P", "answer": a}, said)["correct"] for a in "BC"]
+        assert verdicts == [True, False], said
+    assert not eval_math.judge({"question": "P", "answer": "A"}, "A train is fast")["correct"]
+
+
 # name | content, ⏎ a line break | how many questions, or what is said
 FILES = r"""
 svamp.json | [{"Question": "Q?", "Answer": 3},⏎{"Question": "Q?", "Answer": 3}] | 2
@@ -429,7 +461,7 @@ def test_end_to_end(folder, capsys):
     assert f"demo: {sum(record['correct'] for record in records)} of 2 right" in out
     run("--ckpt slm.pt --task data/demo/questions.jsonl --max_new_tokens 20")
     # 8 examples are more than 256 bytes.
-    assert "3 prompts have fewer examples" in capsys.readouterr().out
+    assert "3 have fewer examples" in capsys.readouterr().out
 
 
 def test_all_prints_the_paper_beside_our_run(folder, capsys, monkeypatch):
@@ -447,7 +479,8 @@ def test_all_prints_the_paper_beside_our_run(folder, capsys, monkeypatch):
 
 BAD = """--ckpt none.pt => none.pt; --ckpt rows.pt => rows.pt: the tokenizer
 --ckpt slm.pt --task gsm9k => gsm9k not found; --ckpt slm.pt --data none => none/questions.jsonl
---ckpt slm.pt --task svamp --file none.json => none.json; --ckpt slm.pt --batch_size 0 => --batch"""
+--ckpt slm.pt --task svamp --file none.json => none.json; --ckpt slm.pt --batch_size 0 => --batch
+--ckpt slm.pt --n 0 => --n; --ckpt slm.pt --file mine.jsonl => --task mine.jsonl"""
 
 
 def test_bad_input_ends_in_one_line(folder):

@@ -423,6 +423,19 @@ def test_another_run_of_the_same_name_is_refused_and_told_apart(cfg, ref, flag):
     assert records[0]["flags"][flag] == other[flag]
 
 
+def test_after_init_the_shape_is_that_of_the_file(cfg, ref, capsys):
+    init = f"{cfg.out}/ref.pt"
+    go(cfg, "clm", init=init)
+    _, records = go(cfg, "clm", init=init, n_layer=5, n_embd=64)
+    assert "finished already" in capsys.readouterr().out
+    assert records[0]["identity"]["n_layer"] == 1
+
+
+def test_questions_that_are_too_long_are_counted(cfg, capsys):
+    go(cfg, "clm", block_size=8)
+    assert "0 of 3 right (3 not asked: longer than --block_size)" in capsys.readouterr().out
+
+
 def test_edited_code_is_another_run_and_a_comment_is_not(cfg, ref, monkeypatch):
     source = Path(rho.__file__).read_text()
     other_words = source.replace("Selective Language", "Other Language", 1)
@@ -504,6 +517,7 @@ def test_tokens_to_reach_is_for_good_and_on_a_straight_line():
         records = [{}] + [{"tokens": 100 * i, key: value} for i, value in enumerate(values, 1)]
         assert rho.tokens_to_reach(records, {key: goal}, key) == pytest.approx(tokens)
     assert rho.tokens_to_reach(records, {"loss": 3.0}, "loss") is None
+    assert rho.tokens_to_reach(records, {"right": 0}, "right") is None
 
 
 def test_the_table_shows_own_runs_and_what_differs(cfg, ref, capsys, tmp_path):
