@@ -400,6 +400,12 @@ def test_rates_stand_beside_their_answers_with_the_chosen_one_bold(tmp_path):
     assert list(row.values()) == ["5: 40.0, **10: 50.0**, 20: 45.0"]
 
 
+@pytest.mark.parametrize("variant", sorted((ROOT / "results" / "variants").glob("*.diff")))
+def test_a_variant_fits_the_scripts_as_they_are(variant):
+    checked = subprocess.run(["git", "apply", "--check", variant], cwd=ROOT, capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_run_sh_makes_each_run_that_a_table_or_picture_shows(tmp_path):
     """Its commands are written down in place of being run, and read by rho.py."""
     fake = tmp_path / "python"
