@@ -15,7 +15,7 @@ test: .venv/test
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-# Everything that is published: 6 hours on two cores.
+# Everything that is published: 8 hours on two cores.
 results: .venv/demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash results/run.sh
 	$(PY) results/tables.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every run behind the tables and pictures of results/README.md. Two runs at a time, one thread each.
 #
-#   bash results/run.sh             all: 6 hours on two cores. Repeated, it goes on where it stopped
+#   bash results/run.sh             all: 8 hours on two cores. Repeated, it goes on where it stopped
 #   bash results/run.sh rules 2     the runs of one table for one seed, after `setup 0` and `main`
 #                                   (setup, real_base and collect are for all seeds: write 0)
 #
@@ -188,8 +188,8 @@ fi
 all_jobs() {
     for seed in 1 2 3; do echo main $seed; done
     echo rates 1; echo main 4; echo main 5
-    echo dirtier_rates 1; echo long 1; echo sweeps 1; echo references 1
-    for seed in 1 2 3; do echo rules $seed; echo dirtier $seed; done
+    echo dirtier_rates 1; echo sweeps 1; echo references 1
+    for seed in 1 2 3; do echo rules $seed; echo dirtier $seed; echo long $seed; done
     for seed in 6 7; do echo four_arms $seed; done
 }
 bash "$0" setup 0

@@ -198,8 +198,8 @@ def fewer(logs, seed, clm, slm, key, in_all):
 def factor(logs):
     comparisons = [
         ("main, 5 seeds", logs, SEEDS, "clm", "slm"),
-        ("three times as long, 1 seed", logs, [1], "long-clm", "long-slm"),
-        ("the same, 6 pieces of dirt", logs, [1], "long-d6-clm", "long-d6-slm"),
+        ("three times as long, 3 seeds", logs, FEW, "long-clm", "long-slm"),
+        ("the same, 6 pieces of dirt", logs, FEW, "long-d6-clm", "long-d6-slm"),
         ("real text, 3 seeds", logs.real(), FEW, "clm", "slm"),
     ]
     rows = []
