@@ -10,7 +10,7 @@ The corpus is web-like pages that hide such problems, most of them answered wron
 held-out questions. CLM (causal language modeling) is ordinary training on all tokens.
 
     command                               minutes (*)  correct answers after training
-    python rho.py                                   6  the next four runs, then their table
+    python rho.py                                   7  the next four runs, then their table
     python rho.py --stage ref                       1  reference, on clean text: 112 of 500
     python rho.py --stage clm                     1.5  all tokens of the corpus: 54 of 500
     python rho.py --stage slm                     1.5  the half with the most excess: 117 of 500
