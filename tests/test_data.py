@@ -16,6 +16,7 @@ import lzma
 import os
 import random
 import re
+import shlex
 import signal
 from collections import Counter
 from pathlib import Path
@@ -269,10 +270,11 @@ def test_an_archive_of_several_parts_is_read_in_full(text, pack):
 
 def test_fields_of_each_path(text):
     rows = [{"query": f"{i} and {i}?", "more": None, "response": 2 * i} for i in range(100)]
-    qa = write_jsonl("qa.jsonl", rows)
-    run("--reference", f"{qa}::query,more,response", *text[0][2:])
+    qa = write_jsonl("q a.jsonl", rows)
+    meta = run("--reference", f"{qa}::query,more,response", *text[0][2:])
+    assert shlex.split(meta["command"])[3] == "q a.jsonl::query,more,response"
     assert "Question: 7 and 7?\nAnswer: 14" in reference_of()
-    write_jsonl("qa.jsonl", [{**row, "more": "Add."} for row in rows])
+    write_jsonl(qa, [{**row, "more": "Add."} for row in rows])
     run("--reference", f"{qa}::query,more,response", *text[0][2:])
     assert "Question: 7 and 7?\nAdd.\nAnswer: 14" in reference_of()
 

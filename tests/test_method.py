@@ -63,7 +63,9 @@ def test_soft_weights_give_the_weighted_mean():
     assert loss.item() == pytest.approx(1.3 / 0.4)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2), torch.tensor([[1.0, -0.1]])])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2), torch.tensor([[1, -0.1]]), torch.tensor([[1, torch.nan]])]
+)
 def test_what_is_no_mask_is_refused(mask):
     with pytest.raises(ValueError, match="mask"):
         selective_loss(torch.ones(1, 2), mask)
