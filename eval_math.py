@@ -58,7 +58,7 @@ SPACED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?: [0-9]{3})+(?![0-9/.])")  # 9 500
 UNIT = r"""(?:(?<![a-z])(?:[cmk]m|[km]g|ft|in|yd|mi|lbs?|oz|ml|sec|rs|am|pm|st|nd|rd|th)
     |(?<![a-z0-9])(?:[mglhs]|a|an|at|by|to|he|it|is|on|of\b.*|sq|cu|hr
     |(?!(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred)ths?
-        |squared|cubed|factorial|plus|minus|base|infinity|lakhs?|crores?)\b)[a-z]{3,})
+        |squared|cubed|factorial|plus|minus|base|infinity)\b)[a-z]{3,})
     )(?![a-z])(?:\s*\^\s*\{?[23]\}?)?"""
 SAYS_A_NUMBER = re.compile(
     rf"""(?:\\approx|[~+:\s]|(?:about|approximately|around|roughly|exactly|only|just|simply|an?)\b)*
@@ -69,8 +69,8 @@ SAYS_A_NUMBER = re.compile(
     (?:[\s.,:;/?%'"-]|{UNIT}|\((?=[^()]*[a-z]{{2}})[^()]*\))*""",
     re.VERBOSE,
 )
-# plain: written as digits alone, not as a fraction and not with a word such as "million"
-Number = namedtuple("Number", "value exact plain")
+# in_digits: written as digits alone, not as a fraction and not with a word such as "million"
+Number = namedtuple("Number", "value exact in_digits")
 
 
 def read_number(text):
@@ -99,7 +99,7 @@ def read_number(text):
 
 def same_number(a, b, percentage):
     """Whether two Numbers agree, or do so to a factor 100 if one of them may be a percentage."""
-    percentage = percentage and a.plain and b.plain
+    percentage = percentage and a.in_digits and b.in_digits
     # Two exact numbers are equal or not: 2001/2002 is not 2011/2012.
     tolerance = 0 if a.exact and b.exact else Fraction(1, 10_000)
     for factor in [1, 100, Fraction(1, 100)] if percentage else [1]:
@@ -111,8 +111,8 @@ def same_number(a, b, percentage):
 
 # ---- What a text answers ----
 
-SIGNS = r"""− -  – -  ∞ \infty  √ \sqrt  ≈ \approx  π \pi  · \cdot  × \times  ÷ \div  ≤ \le
-≥ \ge  ° ^\circ  ² ^2  ³ ^3  ½ \frac{1}{2}  ∅ \emptyset""".split()
+SIGNS = r"""− -  – -  ∞ \infty  √ \sqrt  ≈ \approx  π \pi  · \cdot  × \times  ÷ \div
+≤ \le  ≥ \ge  ° ^\circ  ² ^2  ³ ^3  ½ \frac{1}{2}  ∅ \emptyset""".split()
 SIGNS = {ord(sign): latex for sign, latex in zip(SIGNS[::2], SIGNS[1::2], strict=True)}
 WORDS = re.compile(r"\\(?:text|mbox|operatorname|math(?=rm|bf|it|sf))[a-z]*\s*\{([^{}]*)\}")
 
@@ -310,7 +310,7 @@ def is_equiv(prediction, gold, percentage=True):
     """Whether two answers are the same as text, as numbers or as LaTeX. Never raises.
 
     Exact numbers have to be equal; where one is none, a relative 1e-4 is near enough. If
-    `percentage`, two plain numbers may differ by a factor 100. None and "" equal nothing.
+    `percentage`, two numbers in digits may differ by a factor 100. None and "" equal nothing.
     """
     a = tidy("" if prediction is None else str(prediction))
     b = tidy("" if gold is None else str(gold))
@@ -512,7 +512,7 @@ def make_prompt(tokenizer, question, shots, room):
 
 
 # Where a letter is asked for: (B), or B. and "B: 12" at the beginning, or option B.
-LETTER = re.compile(r"\(([A-Ea-e])\)|^\W*([A-Ea-e])(?=[).:]|\W*$)|(?:[Oo]ption|[Ii]t's) ([A-E])\b")
+LETTER = re.compile(r"\(([A-Ea-e])\)|^\W*([A-Ea-e])(?=[).:]|\W*$)|[Oo]ption ([A-E])\b")
 
 
 def judge(question, completion):

@@ -214,8 +214,6 @@ def generate(gpt, prompts, max_new_tokens, stop=()):
     prompts: lists of token ids of any lengths. Returns a list of new ids for each prompt, without
     the stop token. ValueError if a prompt is empty, or too long for the answer to fit block_size.
     """
-    if not prompts:
-        return []
     lengths = [len(prompt) for prompt in prompts]
     size = max(lengths) + max_new_tokens
     if not all(lengths) or size > gpt.config.block_size:

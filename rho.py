@@ -673,7 +673,7 @@ def evaluate(cfg, meta, model, step, sums):
     if cfg.questions and question_path.exists():
         questions = load_questions(question_path, cfg.questions)
         tokenizer = get_tokenizer(meta["tokenizer"])
-        rows = max(1, 2**16 // cfg.block_size)  # 65,536 tokens at once
+        rows = 2**16 // cfg.block_size  # 65,536 tokens at once
         answers = answer_questions(model, tokenizer, questions, batch_size=rows)
         record["right"] = sum(answer["correct"] for answer in answers)
         record["questions"] = len(answers)

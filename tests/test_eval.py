@@ -389,7 +389,7 @@ def test_options_of_own_rows_are_asked_with_letters(tmp_path):
         load_questions(path)
 
 
-SAID = "B; (B); B.; **B**; Option (B); It's B.; Therefore, (B) is right.; B. 60; it is 12 (B)"
+SAID = "B; (B); B.; **B**; Option (B); Therefore, (B) is right.; B. 60; it is 12 (B)"
 
 
 def test_an_answer_in_words_and_letters_said_plainly():
